@@ -1,0 +1,140 @@
+"""A manifest of a folder of videos: `ROOT/class/**/video`, or `ROOT/{train,val,test}/class/**/video`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from .errors import ConfigError
+from .records import Manifest, ManifestError, VideoRecord, absolute_root, listed
+from .splits import draw_splits
+
+VIDEO_EXTENSIONS = frozenset(
+    (".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
+)
+SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+
+
+def from_folder(
+    root: Path | str,
+    *,
+    test_fraction: float = 0.2,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    group_by: str | None = None,
+) -> Manifest:
+    """Make a manifest of the videos below a folder; a class is a folder's name as it is.
+
+    Splits are taken from `train/`, `val/` (or `validation/`) and `test/` where these are the folders of the root, and
+    drawn otherwise. Videos directly in the root (or in a split's folder) have no label. Hidden files and folders are
+    skipped, and so is everything that has no video's extension.
+
+    Args:
+        root: the folder.
+        test_fraction: share of each class for testing, where splits are drawn.
+        val_fraction: share of each class for validation, where splits are drawn.
+        seed: of the drawn splits.
+        group_by: a regular expression, searched in each id; videos with the same first group of a match (or the same
+            match, if the expression has no group) form a group and stay in one split.
+
+    Raises:
+        ManifestError: the root is not a folder, holds no video, has an empty class, or mixes splits with classes.
+        ConfigError: impossible fractions, or an expression that is broken or matches nothing.
+    """
+    top = Path(root)
+    ids = _videos(top)
+    folders = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    has_splits = _are_splits(folders, top)
+    depth = 1 if has_splits else 0  # of the class's folder in the path
+    labelled = {video_id: parts[depth] for video_id in ids if len(parts := video_id.split("/")) > depth + 1}
+    _refuse_empty_classes(top, folders, has_splits, set(labelled.values()))
+    class_names = tuple(sorted(set(labelled.values())))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    groups = _groups(ids, group_by)
+    records = tuple(
+        VideoRecord(
+            video_id=video_id,
+            path=video_id,
+            label=label_of[labelled[video_id]] if video_id in labelled else None,
+            split=SPLIT_FOLDERS.get(video_id.split("/")[0].casefold(), "") if has_splits else "",
+            group=groups.get(video_id, ""),
+        )
+        for video_id in ids
+    )
+    manifest = Manifest(top.resolve().name, absolute_root(top), class_names, records)
+    return (manifest if has_splits else draw_splits(manifest, test_fraction, val_fraction, seed)).check()
+
+
+def _videos(top: Path) -> list[str]:
+    """Paths of all videos relative to the top, sorted."""
+    if not top.exists():
+        raise ManifestError("the folder of videos does not exist", seen=top)
+    if not top.is_dir():
+        raise ManifestError("a folder of videos was expected", seen=f"the file {top}", fix="Name its folder.")
+    files = sorted(_files(top))
+    videos = [file for file in files if PurePosixPath(file).suffix.lower() in VIDEO_EXTENSIONS]
+    if not videos:
+        kinds = Counter(PurePosixPath(file).suffix.lower() or "no extension" for file in files)
+        raise ManifestError(
+            f"no video below {top}",
+            seen=listed([f"{n:,} × {kind}" for kind, n in kinds.most_common()]) or "no files at all",
+            wanted=f"files in {' '.join(sorted(VIDEO_EXTENSIONS))}",
+        )
+    return videos
+
+
+def _files(top: Path) -> Iterator[str]:
+    """Paths of all files relative to the top; links to folders are followed, hidden names are not."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that may not be read
+
+    for folder, below, names in os.walk(top, followlinks=True, onerror=refuse):
+        here = Path(folder).resolve()
+        # A link to a folder above would lead round for ever.
+        below[:] = [b for b in below if not b.startswith(".") and not here.is_relative_to((here / b).resolve())]
+        prefix = "" if folder == str(top) else f"{Path(folder).relative_to(top).as_posix()}/"
+        yield from (prefix + name for name in names if not name.startswith("."))
+
+
+def _are_splits(folders: list[str], top: Path) -> bool:
+    """Whether the root's folders are splits rather than classes."""
+    splits = [name for name in folders if name.casefold() in SPLIT_FOLDERS]
+    if splits and len(splits) < len(folders):
+        others = [name for name in folders if name not in splits]
+        raise ManifestError(
+            f"{top} has folders of splits beside other folders",
+            seen=f"{listed(splits)} beside {listed(others)}",
+            wanted="either classes, or train, val and test with the classes in them",
+            fix="Move or rename one kind; a folder whose name begins with a dot is skipped.",
+        )
+    return bool(splits)
+
+
+def _refuse_empty_classes(top: Path, folders: list[str], has_splits: bool, found: set[str]) -> None:
+    holders = [top / name for name in folders] if has_splits else [top]
+    named = {entry.name for holder in holders for entry in holder.iterdir() if entry.is_dir()}
+    if empty := sorted(name for name in named - found if not name.startswith(".")):
+        raise ManifestError(
+            f"class folders without a video: {listed(empty)}",
+            wanted=f"files in {' '.join(sorted(VIDEO_EXTENSIONS))}",
+            fix="Add videos, or remove the folder; one whose name begins with a dot is skipped.",
+        )
+
+
+def _groups(ids: list[str], group_by: str | None) -> dict[str, str]:
+    """The group of each id that the expression matches."""
+    if not group_by:
+        return {}
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise ConfigError("group_by is not a regular expression", seen=repr(group_by), wanted=str(error)) from None
+    matches = {video_id: match for video_id in ids if (match := pattern.search(video_id))}
+    groups = {video_id: match[min(pattern.groups, 1)] or "" for video_id, match in matches.items()}
+    if not any(groups.values()):
+        raise ConfigError("group_by matches no video", seen=repr(group_by), wanted=f"a match in ids such as {ids[0]!r}")
+    return groups
