@@ -1,0 +1,162 @@
+"""What a whole store is: the format, version 1, and which shard speaks for which video.
+
+STORE/
+  store.json          FeatureSpec and its fingerprint (the store's identity), TowerShape, the features asked for
+  manifest.parquet    the videos, their labels, and where they are
+  shards/             see shards.py; immutable, so a retry or another feature is a new shard
+  journal/            see journal.py
+  text/               class names through the text tower, see text.py
+  lock                held by the one writer; readers need none
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ..data_manifests.errors import ConfigError
+from ..data_manifests.records import Manifest
+from .arrays import StoreError, item_bytes
+from .shards import Shard, VideoRow, replace_file
+from .specs import FORMAT_VERSION, FeatureSpec, TowerShape, feature_shape
+
+TIMES = "timestamps_s"  # [T] of every video, an array beside its features
+HEADER, MANIFEST, SHARDS = "store.json", "manifest.parquet", "shards"
+_VIDEOS = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg"}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """`store.json`."""
+
+    spec: FeatureSpec
+    shape: TowerShape
+    features: tuple[str, ...]  # asked for so far; which of them every video has, the shards say
+    manifest_fingerprint: str
+    created_at: str  # ISO 8601, UTC
+    created_by: str
+
+    @classmethod
+    def read(cls, store: Path) -> Self:
+        """Read a store's header.
+
+        Raises:
+            StoreError: no store, of a format version that this release does not read, or damaged.
+        """
+        path = store / HEADER
+        if not path.is_file():
+            raise StoreError(f"{store} is not a feature store: {_what_it_is(store)}")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            spec = FeatureSpec.from_json(data["spec"])
+            shape = data["shape"] | {"grid": tuple(data["shape"]["grid"])}
+            header = cls(
+                spec,
+                TowerShape(**shape),
+                tuple(data["features"]),
+                data["manifest_fingerprint"],
+                data["created_at"],
+                data["created_by"],
+            )
+        except ConfigError as error:
+            raise StoreError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{path} is damaged", seen=repr(error)) from error
+        if data["fingerprint"] != spec.fingerprint:
+            raise StoreError(f"{path} was edited", seen=f"fingerprint {data['fingerprint']}", wanted=spec.fingerprint)
+        return header
+
+    def write(self, store: Path) -> None:
+        """Write or replace a store's header."""
+        data = {"format_version": FORMAT_VERSION, "fingerprint": self.spec.fingerprint} | dataclasses.asdict(self)
+        replace_file(store / HEADER, lambda new: new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+
+    def frame_shape(self, array: str) -> tuple[int, ...]:
+        """Shape of one frame of a feature or of the timestamps."""
+        return () if array == TIMES else feature_shape(array, self.shape, self.spec.tower.transform.size_px)
+
+    def dtype(self, array: str) -> str:
+        """Type of a feature's or of the timestamps' numbers."""
+        return {TIMES: "float64", "pixels": "uint8"}.get(array, self.spec.dtype)
+
+    def frame_bytes(self, array: str) -> int:
+        """Bytes of one frame of a feature or of the timestamps."""
+        return math.prod(self.frame_shape(array)) * item_bytes(self.dtype(array))
+
+    def read_manifest(self, store: Path) -> Manifest:
+        """The manifest of the store; raises StoreError if it is not the one that the header names."""
+        path = store / MANIFEST
+        if not path.is_file():
+            raise StoreError(f"{path} is missing")
+        manifest = Manifest.read(path)
+        if manifest.fingerprint != self.manifest_fingerprint:
+            raise StoreError(f"{path} was changed", seen=manifest.fingerprint, wanted=self.manifest_fingerprint)
+        return manifest
+
+
+class Catalogue:
+    """Which shard and row speak for a video.
+
+    Of two rows of a video the newer wins, and so does the newer of two shards that hold a feature of it. A newer row
+    that saw another content or another number of frames makes older features void: a batch never mixes two versions.
+    """
+
+    def __init__(self, shards: Iterable[Shard] = ()) -> None:
+        """Add shards, oldest first."""
+        self.shards: list[Shard] = []
+        self.newest: dict[str, tuple[int, int]] = {}  # video id -> shard, row
+        self.holders: dict[str, dict[str, tuple[int, int]]] = {}  # array -> video id -> shard, row
+        for shard in shards:
+            self.add(shard)
+
+    def add(self, shard: Shard) -> None:
+        """Add the newest shard."""
+        number = len(self.shards)
+        self.shards.append(shard)
+        for i, row in enumerate(shard.rows):
+            place = (number, i)
+            self.newest[row.video_id] = place
+            if not row.is_ok:
+                continue
+            for held in self.holders.values():
+                older = held.get(row.video_id)
+                if older and _version(self.row(older)) != _version(row):
+                    del held[row.video_id]
+            for name in shard.arrays:
+                self.holders.setdefault(name, {})[row.video_id] = place
+
+    def row(self, place: tuple[int, int]) -> VideoRow:
+        """The row at a place."""
+        shard, i = place
+        return self.shards[shard].rows[i]
+
+    def rows(self) -> Iterator[VideoRow]:
+        """The newest row of every video."""
+        return map(self.row, self.newest.values())
+
+    def failures(self) -> list[VideoRow]:
+        """Rows of the videos that could not be read, by id."""
+        return sorted((row for row in self.rows() if not row.is_ok), key=lambda row: row.video_id)
+
+
+def _version(row: VideoRow) -> tuple[Any, ...]:
+    return row.content_hash, row.n_frames
+
+
+def _what_it_is(path: Path) -> str:
+    """The likeliest reason why there is no header at a path, and what to do."""
+    if not path.exists():
+        return "there is no such folder. Make one with: coldframe extract VIDEOS --store STORE"
+    if not path.is_dir():
+        return "it is a file"
+    suffixes = {file.suffix.lower() for pattern in ("*", "*/*") for file in path.glob(pattern)}
+    if ".safetensors" in suffixes:
+        return f"it has no {HEADER} and looks like a checkpoint of train-head. Give the store it was trained on"
+    if suffixes & _VIDEOS:
+        return f"it holds videos. Extract them first: coldframe extract {path} --store STORE"
+    return f"it has no {HEADER}"

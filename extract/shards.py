@@ -1,0 +1,233 @@
+"""One shard of a store, both directions: a folder that appears whole or not at all, and never changes.
+
+00007-1f2e3d4c/
+  features.zarr/    a plain zarr v3 group, one array a feature: frames of all ok videos, in the order of the rows
+  videos.parquet    one row a video
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from .arrays import ArrayFile, StoreError, checksum, write_arrays
+
+_NAME = re.compile(r"(\d{5,})-[0-9a-f]{8}")
+_TORN = ".tmp-"
+_GROUP, _TABLE, _SUM = "features.zarr", "videos.parquet", "crc32c."
+_COLUMNS = {
+    "video_id": pa.string(),
+    "status": pa.string(),
+    "reason": pa.string(),
+    "n_frames": pa.int32(),
+    "n_repeated": pa.int32(),
+    "view": pa.int32(),
+    "decoder": pa.string(),
+    "attempts": pa.int32(),
+    "content_hash": pa.string(),
+    "seconds": pa.float64(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRow:
+    """What a shard says of one video: that its features are here, or why they are not."""
+
+    video_id: str
+    status: str  # ok | failed
+    reason: str = ""
+    n_frames: int = 0
+    n_repeated: int = 0  # frames that repeat another, because the video has too few
+    view: int = 0
+    decoder: str = ""
+    attempts: int = 1
+    content_hash: str = ""
+    seconds: float = 0.0
+    crc32c: Mapping[str, int] = dataclasses.field(default_factory=dict)  # array -> checksum of the video's bytes
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the shard holds the video's frames."""
+        return self.status == "ok"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A committed shard: its rows, and where each video's frames begin."""
+
+    path: Path
+    rows: tuple[VideoRow, ...]
+    arrays: tuple[str, ...]  # each of them holds every ok video of the shard
+
+    @property
+    def number(self) -> int:
+        """Shards are numbered as they are written: of two rows of a video, the one in the higher number is newer."""
+        return int(self.path.name.partition("-")[0])
+
+    @functools.cached_property
+    def first_frame(self) -> tuple[int, ...]:
+        """Where each row's frames begin, and after the last row F."""
+        return tuple(accumulate((row.n_frames for row in self.rows), initial=0))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the rows of a shard; raises StoreError where they are missing or damaged."""
+        try:
+            with pq.ParquetFile(path / _TABLE, page_checksum_verification=True) as file:
+                table = file.read()
+            arrays = tuple(name.removeprefix(_SUM) for name in table.column_names if name.startswith(_SUM))
+            sums = table.select([_SUM + name for name in arrays]).rename_columns(arrays).to_pylist()
+            rows = tuple(
+                VideoRow(**row, crc32c=crc32c if row["status"] == "ok" else {})
+                for row, crc32c in zip(table.select(list(_COLUMNS)).to_pylist(), sums, strict=True)
+            )
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise StoreError(f"the rows of shard {path} cannot be read: {error}") from error
+        return cls(path, rows, arrays)
+
+    def array(self, name: str) -> ArrayFile:
+        """Open an array and check its index; raises StoreError with the path and the videos that it should hold."""
+        try:
+            array = ArrayFile.open(self.path / _GROUP / name)
+            if array.n_frames != self.first_frame[-1]:
+                raise StoreError("another number of frames", seen=array.n_frames, wanted=self.first_frame[-1])
+        except (OSError, ValueError) as error:
+            ids = [row.video_id for row in self.rows if row.is_ok]
+            more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+            raise StoreError(
+                f"array {name} of shard {self.path} (with {', '.join(ids[:3])}{more}) is damaged: {error}",
+                fix="Delete the shard's folder and run the same extract command again.",
+            ) from error
+        return array
+
+
+def committed(folder: Path) -> list[Path]:
+    """The shards in a folder, oldest first; torn ones are not among them."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name))
+
+
+def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Mapping[str, Sequence[NDArray]]) -> Shard:
+    """Write a shard beside its place, have it on the disk, then rename it into place.
+
+    Args:
+        folder: of the store's shards.
+        number: higher than that of any shard there.
+        rows: of all videos, failed ones too; checksums are filled in here.
+        arrays: name -> an array [T, ...] for each ok row, in the order of the rows; uint16 for the bits of bfloat16.
+
+    Raises:
+        StoreError: the disk is full or failing; nothing is left behind.
+    """
+    rows = _with_checksums(rows, arrays)
+    identity = json.dumps([(row.video_id, row.status, row.n_frames, dict(row.crc32c)) for row in rows])
+    final = folder / f"{number:05d}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    torn = folder / f"{_TORN}{socket.gethostname()}-{os.getpid()}-{number:05d}"
+    n_bytes = sum(part.nbytes for parts in arrays.values() for part in parts)
+    if shutil.disk_usage(folder).free < n_bytes:
+        raise _disk_full(folder, n_bytes)
+    offsets = np.array([0, *accumulate(row.n_frames for row in rows)], dtype=np.int64)
+    try:
+        torn.mkdir()
+        filled = {name: parts for name, parts in arrays.items() if parts}  # none where every video failed
+        write_arrays(torn / _GROUP, {**filled, "frame_offsets": [offsets]})
+        _write_rows(torn / _TABLE, rows, list(arrays))
+        for path in _bottom_up(torn):
+            _sync(path)
+        torn.rename(final)
+        _sync(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(folder, n_bytes) from error
+        raise StoreError(f"a shard could not be written to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(torn, ignore_errors=True)  # what a failure left; nothing after the rename
+    return Shard(final, tuple(rows), tuple(arrays))
+
+
+def remove_torn(folder: Path) -> None:
+    """Delete what dead writers left half-written; one that may be alive keeps its folder."""
+    for path in folder.glob(f"{_TORN}*"):
+        host, pid, _ = path.name.removeprefix(_TORN).rsplit("-", 2)
+        if host == socket.gethostname() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(path)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Change a small file so that readers see the old one or the new one, whatever happens; `write` makes the new."""
+    new = path.with_stem(f"{path.stem}.new")
+    write(new)
+    _sync(new)
+    new.replace(path)
+    _sync(path.parent)
+
+
+def _with_checksums(rows: Sequence[VideoRow], arrays: Mapping[str, Sequence[NDArray]]) -> list[VideoRow]:
+    left = {name: iter(parts) for name, parts in arrays.items()}
+
+    def summed(row: VideoRow) -> VideoRow:
+        return dataclasses.replace(row, crc32c={name: checksum(next(parts)) for name, parts in left.items()})
+
+    return [summed(row) if row.is_ok else row for row in rows]
+
+
+def _write_rows(path: Path, rows: Sequence[VideoRow], arrays: Sequence[str]) -> None:
+    table: dict[str, Any] = {
+        name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in _COLUMNS.items()
+    }
+    table |= {_SUM + name: pa.array([row.crc32c.get(name) for row in rows], pa.uint32()) for name in arrays}
+    pq.write_table(pa.table(table), path, write_page_checksum=True)
+
+
+def _bottom_up(folder: Path) -> Iterator[Path]:
+    """Everything in a folder before the folder."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _bottom_up(path)
+        else:
+            yield path
+    yield folder
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _disk_full(folder: Path, n_bytes: int) -> StoreError:
+    return StoreError(
+        f"the disk of {folder} is full",
+        seen=f"{shutil.disk_usage(folder).free:,} bytes free",
+        wanted=f"{n_bytes:,} bytes for the next shard",
+        fix="Free some space and run the same command again: what is committed stays.",
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,319 @@
+"""Frozen CLIP towers, image and text: every layer in one pass.
+
+Precision is the arithmetic of the image blocks. Weights stay float32 and autocast rounds the factors of each product,
+while the residual stream, the patch embedding and the projection stay float32: on a random ViT-B/16 that leaves the
+embedding of a bf16 tower 0.4 % off, where bf16 weights with a bf16 stream leave it 0.9 % off. Texts, which are few, are
+always encoded in float32.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..data_manifests.errors import ConfigError, UnknownName
+from .pretrained import is_class_token_vit, load_model, tokenizer_of, transform_of, uses_quick_gelu
+from .specs import PRECISIONS, TowerShape, TowerSpec, canonical_features
+from .weights import TowerError, weights_sha256
+
+__all__ = ["QueryKey", "Tower", "TowerError", "load_tower"]
+
+TEXTS_AT_ONCE = 256
+
+
+def load_tower(
+    model: str, pretrained: str | None = None, precision: str = "fp32", device: str = "auto", seed: int = 0
+) -> Tower:
+    """Load a frozen CLIP.
+
+    Args:
+        model: a name of open_clip, such as `ViT-B-16-quickgelu`; `coldframe-tiny`; or the path of an architecture in
+            open_clip's JSON format.
+        pretrained: a tag of that model, a file of weights (safetensors, a state dict, a training checkpoint, OpenAI's
+            TorchScript archive), or `random`. None is for `coldframe-tiny`, whose weights ship with the package.
+        precision: fp32, bf16 or fp16; see the top of this file.
+        device: a torch device, or auto: the GPU if there is one.
+        seed: draws `random` weights. The global generator is left as it was.
+
+    Raises:
+        UnknownName: no such model or precision.
+        ConfigError: no weights were named.
+        TowerError: the weights cannot be had, do not fit, or were trained with the other GELU; or no such device.
+    """
+    module, name, weights = load_model(model, pretrained, seed)
+    return Tower(module, name, weights, precision, device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QueryKey:
+    """The frozen map from tokens.<k-1> to the queries and keys of block k, in float32."""
+
+    ln_weight: Tensor  # [D]
+    ln_bias: Tensor  # [D]
+    weight: Tensor  # [2D, D], queries then keys
+    bias: Tensor  # [2D]
+    heads: int
+    eps: float
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [..., heads, D/heads] of tokens [..., D]: with bias, before scaling."""
+        normed = F.layer_norm(tokens.float(), self.ln_weight.shape, self.ln_weight, self.ln_bias, self.eps)
+        both = F.linear(normed, self.weight, self.bias)  # [..., 2D]
+        q, k = rearrange(both, "... (two h d) -> two ... h d", two=2, h=self.heads)
+        return q, k
+
+
+class Tower:
+    """A frozen CLIP: images and texts into one space, and every layer on the way.
+
+    Attributes:
+        model: open_clip's module, in evaluation mode, its parameters without gradient.
+        visual: its image tower.
+        has_tokens: whether that is a ViT with a class token, so that tokens.<k> and cls.<k> exist.
+        spec: identity.
+        shape: sizes; 0 for what the tower does not have.
+        logit_scale: CLIP's, exponentiated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str = "custom",
+        pretrained: str = "custom",
+        precision: str = "fp32",
+        device: str | torch.device = "auto",
+    ) -> None:
+        """Take an open_clip model over: it is frozen and moved. `name` finds its tokenizer.
+
+        Raises:
+            UnknownName: no such precision.
+            TowerError: no such device, or the tower's crops are not square.
+        """
+        if precision not in PRECISIONS:
+            raise UnknownName("precision", precision, PRECISIONS)
+        self.device = _device(device)
+        self.model: Any = model.eval().requires_grad_(False).float().to(self.device)
+        self.visual = self.model.visual
+        self.has_tokens = is_class_token_vit(self.visual)
+        self.logit_scale = float(self.model.logit_scale.exp())
+        self.spec = TowerSpec(
+            model=name,
+            pretrained=pretrained,
+            weights_sha256=weights_sha256(self.model.state_dict()),
+            quick_gelu=uses_quick_gelu(self.model),
+            precision=precision,
+            transform=transform_of(self.model),
+        )
+        self._mean = torch.tensor(self.spec.transform.mean, device=self.device).view(-1, 1, 1)
+        self._std = torch.tensor(self.spec.transform.std, device=self.device).view(-1, 1, 1)
+        self.shape = self._measure()
+
+    def encode_frames(self, pixels: Tensor | NDArray[np.uint8], features: Sequence[str]) -> dict[str, Tensor]:
+        """Compute features of frames in one pass that stops at the last block needed. The caller chunks.
+
+        Args:
+            pixels: uint8 [F, 3, S, S], crops as open_clip's transform makes them before it scales them.
+            features: `embedding`, `cls.<k>`, `tokens.<k>`, `pixels`; k may be counted from the end.
+
+        Returns:
+            Canonical name → embedding [F, E] un-normalised, cls [F, D], tokens [F, 1+N, D] (the raw residual stream,
+            class token first), float32 on the tower's device; pixels as they came.
+
+        Raises:
+            UnknownName: not a feature, or a layer that the tower lacks.
+            TowerError: pixels of another size or dtype, or tokens of a tower without a class token.
+        """
+        computed = [name for name in features if name != "pixels"]
+        found = self.encode_images(self.normalise(pixels), computed)
+        return found | {"pixels": _tensor(pixels)} if "pixels" in features else found
+
+    def normalise(self, pixels: Tensor | NDArray[np.uint8]) -> Tensor:
+        """Scale uint8 crops [F, 3, S, S] as torchvision does, operation by operation, so that results are bit-equal."""
+        side = self.spec.transform.size_px
+        if tuple(pixels.shape[1:]) != (3, side, side) or pixels.dtype not in (torch.uint8, np.uint8):
+            raise TowerError(
+                f"the frames do not fit {self.spec.model}",
+                seen=f"{pixels.dtype} {list(pixels.shape)}",
+                wanted=f"uint8 [F, 3, {side}, {side}]",
+            )
+        scaled = _tensor(pixels).to(self.device, non_blocking=True).float().div_(255)
+        return scaled.sub_(self._mean).div_(self._std)
+
+    @torch.no_grad()  # not inference_mode, whose results could not enter a head that is being trained
+    def encode_images(self, images: Tensor, features: Sequence[str]) -> dict[str, Tensor]:
+        """`encode_frames` of normalised images, float [F, 3, S, S]; there are no pixels to give back."""
+        if not features:
+            return {}
+        if not self.has_tokens:
+            return self._encode_whole(images, features)
+        wanted = canonical_features(features, self.shape.layers)
+        if "pixels" in wanted:
+            raise UnknownName("feature of normalised images", "pixels", ("embedding", "cls.-1", "tokens.-1"))
+        last = max(self.shape.layers if name == "embedding" else int(name.partition(".")[2]) for name in wanted)
+        found: dict[str, Tensor] = {}
+        for k, x in self._blocks(self._embed(images), 0, last):
+            if f"tokens.{k}" in wanted:
+                found[f"tokens.{k}"] = x
+            if f"cls.{k}" in wanted:
+                found[f"cls.{k}"] = x[:, 0].clone()  # a view would keep every patch token alive
+            if k == self.shape.layers and "embedding" in wanted:
+                found["embedding"] = self._project(x)
+        return found
+
+    def resume(self, tokens: Tensor, from_layer: int) -> Tensor:
+        """Finish the pass from tokens.<from_layer> [F, 1+N, D] → embedding [F, E], differentiable in the tokens."""
+        self._need_tokens("a pass from the middle")
+        if not 0 <= from_layer <= self.shape.layers:
+            raise UnknownName("layer", str(from_layer), map(str, range(self.shape.layers + 1)))
+        _, x = deque(self._blocks(tokens.float(), from_layer, self.shape.layers), maxlen=1).pop()
+        return self._project(x)
+
+    def query_key(self, layer: int) -> QueryKey:
+        """Queries and keys of block `layer` (counted from 1) as a map of tokens.<layer-1>.
+
+        Raises:
+            UnknownName: the tower has no such block.
+            TowerError: its queries and keys are not one linear map of its normalised tokens.
+        """
+        self._need_tokens("queries and keys")
+        if not 1 <= layer <= self.shape.layers:
+            raise UnknownName("block", str(layer), map(str, range(1, self.shape.layers + 1)))
+        block = self.visual.transformer.resblocks[layer - 1]
+        if not isinstance(block.attn, nn.MultiheadAttention):
+            raise TowerError(f"the queries and keys of {self.spec.model} are no linear map of its tokens")
+        rows = 2 * self.shape.width  # in_proj holds queries, then keys, then values
+        return QueryKey(
+            ln_weight=block.ln_1.weight.detach(),
+            ln_bias=block.ln_1.bias.detach(),
+            weight=block.attn.in_proj_weight[:rows].detach(),
+            bias=block.attn.in_proj_bias[:rows].detach(),
+            heads=self.shape.heads,
+            eps=block.ln_1.eps,
+        )
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64 [C, context length].
+
+        Raises:
+            ConfigError: a text is longer than the tower's context; none is ever cut.
+            TowerError: the tower's vocabulary is not its tokenizer's.
+        """
+        length = self.shape.context_length
+        ids = self._tokenizer(list(texts), context_length=length)  # [C, length]
+        roomy = self._tokenizer(list(texts), context_length=2 * length)  # begins otherwise where `ids` had to be cut
+        too_long = [text for text, fits in zip(texts, (roomy[:, :length] == ids).all(dim=1), strict=True) if not fits]
+        if too_long:
+            raise ConfigError(
+                f"{len(too_long)} text(s) exceed the {length} tokens that {self.spec.model} reads",
+                seen="; ".join(map(repr, too_long[:3])),
+                fix="Shorten the class names or the templates.",
+            )
+        n_known = getattr(_text_tower(self.model), "vocab_size", None)
+        if n_known is not None and ids.numel() and int(ids.max()) >= n_known:
+            raise TowerError(
+                f"CLIP's tokenizer does not fit the vocabulary of {self.spec.model}", seen=f"{n_known} ids"
+            )
+        return ids
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [C, E], un-normalised, float32; raises as `tokenize` does."""
+        chunks = self.tokenize(texts).split(TEXTS_AT_ONCE)
+        with self._autocast(False):
+            return torch.cat([self.model.encode_text(ids.to(self.device), normalize=False) for ids in chunks])
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Patch embedding, class token, positions and ln_pre: images [F, 3, S, S] → tokens.0 [F, 1+N, D]."""
+        with self._autocast(False):
+            return self.visual._embeds(images)
+
+    def _blocks(self, x: Tensor, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (k, tokens.<k>) for k = start … stop, given tokens.<start>."""
+        yield start, x
+        for k in range(start + 1, stop + 1):
+            with self._autocast(self.spec.precision != "fp32"):
+                x = self.visual.transformer.resblocks[k - 1](x)
+            yield k, x
+
+    def _project(self, x: Tensor) -> Tensor:
+        """ln_post, class token and joint projection: tokens.<L> [F, 1+N, D] → embedding [F, E]."""
+        with self._autocast(False):
+            return self.visual._pool(x)[0] @ self.visual.proj
+
+    def _encode_whole(self, images: Tensor, features: Sequence[str]) -> dict[str, Tensor]:
+        """The embedding [F, E] of a tower that is not read block by block."""
+        for name in features:
+            if name != "embedding":
+                self._need_tokens(name)
+        with self._autocast(self.spec.precision != "fp32"):
+            return {"embedding": self.model.encode_image(images, normalize=False).float()}
+
+    def _autocast(self, enabled: bool) -> torch.autocast:
+        # Where it is off it is switched off: the tower's arithmetic is its own, also inside a training step.
+        dtype = torch.float16 if self.spec.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return tokenizer_of(self.spec.model)
+
+    def _measure(self) -> TowerShape:
+        text: Any = _text_tower(self.model)
+        blocks = self.visual.transformer.resblocks if self.has_tokens else []
+        text_blocks = getattr(getattr(text, "transformer", None), "resblocks", [])
+        embed_dim = getattr(self.visual, "output_dim", None)
+        if embed_dim is None:  # timm's towers do not say
+            side = self.spec.transform.size_px
+            embed_dim = self.encode_images(torch.zeros(1, 3, side, side).to(self.device), ["embedding"])[
+                "embedding"
+            ].shape[1]
+        return TowerShape(
+            layers=len(blocks),
+            width=self.visual.conv1.out_channels if blocks else 0,
+            heads=blocks[0].attn.num_heads if blocks else 0,
+            embed_dim=embed_dim,
+            grid=self.visual.grid_size if blocks else (0, 0),
+            text_width=text.ln_final.weight.shape[0] if text_blocks else 0,
+            text_layers=len(text_blocks),
+            text_heads=text_blocks[0].attn.num_heads if text_blocks else 0,
+            context_length=getattr(text, "context_length", 77),
+        )
+
+    def _need_tokens(self, what: str) -> None:
+        if not self.has_tokens:
+            raise TowerError(
+                f"{self.spec.model} has no class and patch tokens, so it cannot give {what}",
+                fix="Ask it for `embedding`, or use a ViT of open_clip with a class token, such as ViT-B-16-quickgelu.",
+            )
+
+
+def _tensor(pixels: Tensor | NDArray[np.uint8]) -> Tensor:
+    if isinstance(pixels, Tensor):
+        return pixels
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())  # torch warns of read-only memory
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    return getattr(model, "text", model)  # the original CLIP class is its own text tower
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise TowerError(f"torch knows no device {device!r}", wanted="auto, cpu, cuda or cuda:1") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise TowerError("torch finds no CUDA device here", fix="Use the device auto or cpu.")
+    return found
