@@ -1,0 +1,106 @@
+"""From a store and a head's name to a head that can run on its features."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data_manifests.errors import ConfigError
+from ..extract.specs import SpecMismatch, TowerSpec, canonical_features
+from ..extract.store import FeatureStore
+from ..extract.text import TextFeatures, encode_classes
+from ..extract.towers import Tower, load_tower
+from .heads import find
+from .specs import HeadContext
+
+
+def build_head(
+    name: str,
+    config: Any,
+    store: FeatureStore,
+    class_names: Sequence[str],
+    templates: Sequence[str] | str,
+    device: torch.device,
+    seed: int = 0,
+) -> tuple[nn.Module, TextFeatures | None]:
+    """Build a head for the features of a store, freshly initialised from `seed`, and the class texts it reads.
+
+    Raises:
+        UnknownName: no such head.
+        SpecMismatch: the store lacks a feature; the message is the command that adds it.
+        ConfigError: the config does not suit the tower.
+        TowerError: the head needs the tower, and it cannot be loaded.
+    """
+    spec = find(name)
+    store.require(needed_features(name, config, store), wanted_by=name)
+    tower = frozen_tower(store.spec.tower, device)
+    context = HeadContext(store.shape, store.spec.frames.n_frames, tuple(class_names), tower)
+    with own_randomness(device):
+        reseed(device, seed)
+        head = spec.build(config, context)
+    text = None
+    if spec.needs_text(config):
+        templates = (templates,) if isinstance(templates, str) and "{}" in templates else templates
+        text = encode_classes(tower(), class_names, templates, cache_dir=store.path / "text").to(device)
+    return head.to(device), text
+
+
+def needed_features(name: str, config: Any, store: FeatureStore) -> tuple[str, ...]:
+    """The stored features that a head reads, under their names in the store."""
+    return canonical_features(find(name).features(config), store.shape.layers)
+
+
+def frozen_tower(spec: TowerSpec, device: torch.device) -> Callable[[], Tower]:
+    """The tower that made a store, loaded at the first call.
+
+    The call raises TowerError if it cannot be loaded, and SpecMismatch if its weights are not those of the store.
+    """
+
+    @functools.cache
+    def load() -> Tower:
+        tower = load_tower(spec.model, spec.pretrained, spec.precision, str(device))
+        if tower.spec.weights_sha256 != spec.weights_sha256:
+            raise SpecMismatch(
+                f"{spec.model} / {spec.pretrained} is not the tower that made the store",
+                seen=f"weights {tower.spec.weights_sha256[:12]}",
+                wanted=f"weights {spec.weights_sha256[:12]}",
+                fix="Put the original weights back, or extract again.",
+            )
+        return tower
+
+    return load
+
+
+def find_device(name: str) -> torch.device:
+    """A torch device; `auto` is the GPU if there is one.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ConfigError(f"no device {name!r}: {str(error).splitlines()[0]}", fix="Use auto or cpu.") from error
+    return device
+
+
+@contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """Give torch's global generators back as they were: initialisers and dropout know no others."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
+        yield
+
+
+def reseed(device: torch.device, seed: int) -> None:
+    """Seed the global generators that work on `device` draws from, and no others."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)

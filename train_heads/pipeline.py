@@ -1,0 +1,246 @@
+"""Stage 2, top-down: store → training and validation videos → head → fit → checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ..data_manifests.errors import ConfigError
+from ..data_manifests.records import Manifest, ManifestError
+from ..data_manifests.splits import carve_validation
+from ..extract.batches import FeatureDataset, labelled
+from ..extract.provenance import code_commit, code_versions
+from ..extract.store import FeatureStore, StoreError
+from ..extract.text import TextFeatures
+from .build import build_head, find_device, needed_features
+from .checkpoint import (
+    Checkpoint,
+    Predictor,
+    is_finished,
+    load_checkpoint,
+    remove_state,
+    save_checkpoint,
+    trained_tensors,
+)
+from .heads import find
+from .loop import fit
+from .settings import to_toml
+from .specs import TrainSpec
+
+SETTINGS = "settings.toml"
+
+
+def train(
+    store: FeatureStore,
+    manifest: Manifest,
+    head: str,
+    config: Any = None,
+    spec: TrainSpec | None = None,
+    out: Path | str = "run",
+    *,
+    templates: Sequence[str] | str = "video",
+    device: str = "auto",
+    quiet: bool = False,
+) -> Checkpoint:
+    """Train a head on the features of a manifest's training videos and write the run to a folder.
+
+    The best epoch is chosen on the split `val`, or on videos carved from `train` where there is none, never on `test`.
+    The same call after an interruption goes on where it stopped; after the end it returns the checkpoint.
+
+    Args:
+        config: the head's own; None takes its defaults.
+        out: folder of the run: settings, history, and in the end the checkpoint.
+        templates: sentences around class names, one of them, or the name of a set of them; for heads that read text.
+        device: a torch device, or auto.
+        quiet: show no progress.
+
+    Raises:
+        UnknownName, ConfigError: no such head, nothing to train in it, or a config that does not suit the tower.
+        SpecMismatch: the store lacks a feature; the message is the command that adds it.
+        ManifestError, StoreError: no training videos, unlabelled ones, or none of them in the store.
+        DivergedError: the loss is not finite any more.
+    """
+    out, spec = Path(out), spec or TrainSpec()
+    config = find(head).config() if config is None else config
+    if not find(head).is_trained:
+        raise ConfigError(f"{head} has nothing to train", fix=f"Evaluate it as it is: `coldframe eval --head {head}`.")
+    needs = needed_features(head, config, store)
+    store.require(needs, wanted_by=head)
+    videos = _videos(store, manifest, needs, spec)
+    if _enter(out, _settings(store, manifest, head, config, spec, templates)):
+        return load_checkpoint(out)
+
+    found = find_device(device)
+    module, text = build_head(head, config, store, manifest.class_names, templates, found, spec.seed)
+    fitted = fit(
+        module,
+        videos.train,
+        text,
+        spec,
+        validate=_validation(videos.val, text, spec.batch_size, found),
+        folder=out,
+        device=found,
+        quiet=quiet,
+    )
+    checkpoint = save_checkpoint(
+        out,
+        Checkpoint(
+            head=head,
+            config=config,
+            train=spec,
+            class_names=manifest.class_names,
+            seen_classes=videos.seen_classes,
+            templates=() if text is None else text.templates,
+            features=store.spec,
+            needs=needs,
+            manifest_fingerprint=manifest.fingerprint,
+            selection="val",
+            n_train=len(videos.train),
+            n_val=len(videos.val),
+            n_missing=videos.n_missing,
+            epoch=fitted.epoch,
+            step=fitted.step,
+            scores=fitted.scores,
+            weights=trained_tensors(module),
+        ),
+    )
+    remove_state(out)
+    return checkpoint
+
+
+def untrained(
+    store: FeatureStore,
+    class_names: Sequence[str],
+    head: str,
+    config: Any = None,
+    *,
+    templates: Sequence[str] | str = "video",
+    device: str = "auto",
+) -> Predictor:
+    """Put a head that has nothing to train to work on a store.
+
+    Raises:
+        UnknownName, ConfigError: no such head, or one that must be trained first.
+        SpecMismatch: the store lacks a feature; the message is the command that adds it.
+    """
+    if find(head).is_trained:
+        raise ConfigError(
+            f"{head} must be trained first", fix=f"`coldframe train-head --head {head}`, then name the run."
+        )
+    config = find(head).config() if config is None else config
+    found = find_device(device)
+    module, text = build_head(head, config, store, class_names, templates, found)
+    needs = needed_features(head, config, store)
+    return Predictor(head, module, needs, tuple(class_names), text, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Videos:
+    """What a head trains on and what its epoch is chosen on: labelled videos of the store."""
+
+    train: FeatureDataset
+    val: FeatureDataset
+    seen_classes: tuple[str, ...]
+    n_missing: int
+
+
+def _videos(store: FeatureStore, manifest: Manifest, needs: Sequence[str], spec: TrainSpec) -> Videos:
+    """Join two splits with the store; a video that it lacks is counted, and nothing stands in for it."""
+    if not manifest.split("val").records:
+        manifest = carve_validation(manifest, spec.val_fraction, spec.seed)
+    train, n_missing_train = _part(store, manifest, "train", needs)
+    val, n_missing_val = _part(store, manifest, "val", needs)
+    seen = tuple(manifest.class_names[label] for label in sorted(set(train.labels.tolist())))
+    return Videos(train, val, seen, n_missing_train + n_missing_val)
+
+
+def _part(store: FeatureStore, manifest: Manifest, split: str, needs: Sequence[str]) -> tuple[FeatureDataset, int]:
+    ids, labels, missing = labelled(store, manifest, split)
+    if not ids:
+        raise StoreError(
+            f"no video of split {split!r} of {manifest.name} is in the store {store.path}",
+            seen=f"{len(missing)} videos that it lacks",
+            fix="Extract this manifest's videos first, or give it that split.",
+        )
+    if (labels < 0).any():
+        raise ManifestError(
+            f"{int((labels < 0).sum())} videos of split {split!r} of {manifest.name} have no label",
+            seen=f"for example {ids[int((labels < 0).argmax())]}",
+            fix="Heads are trained on labelled videos: label them, or put them into no split.",
+        )
+    return FeatureDataset(store, ids, labels, needs), len(missing)
+
+
+def _validation(
+    val: FeatureDataset, text: TextFeatures | None, batch_size: int, device: torch.device
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Top-1 and loss of a head on all validation videos."""
+
+    def validate(head: nn.Module) -> dict[str, float]:
+        loss, hits = 0.0, 0
+        for batch in val.batches(batch_size):
+            moved = batch.to(device, torch.float32)
+            logits = head(moved, text).logits.float()
+            loss += float(cross_entropy(logits, moved.labels, reduction="sum"))
+            hits += int((logits.argmax(dim=-1) == moved.labels).sum())
+        return {"top_1": hits / len(val), "loss": loss / len(val)}
+
+    return validate
+
+
+def _settings(
+    store: FeatureStore, manifest: Manifest, head: str, config: Any, spec: TrainSpec, templates: Sequence[str] | str
+) -> str:
+    """Everything that decides the run, as the TOML file that would start it again."""
+    versions = ", ".join(f"{name} {number}" for name, number in code_versions().items())
+    made = f"# {versions}, commit {code_commit() or 'unknown'}\n# store {store.path}, manifest {manifest.name}\n\n"
+    return made + to_toml(
+        {
+            "head": {"name": head, **dataclasses.asdict(config)},
+            "train": dataclasses.asdict(spec),
+            "features": {
+                "store": store.fingerprint,
+                "manifest": manifest.fingerprint,
+                "templates": templates if isinstance(templates, str) else list(templates),
+            },
+        }
+    )
+
+
+def _enter(folder: Path, settings: str) -> bool:
+    """Open the folder of a run; whether the same run has already ended in it.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    path = folder / SETTINGS
+    if path.exists():
+        _expect_same(folder, tomllib.loads(path.read_text(encoding="utf-8")), tomllib.loads(settings))
+        return is_finished(folder)
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} holds something that is no run", fix="Choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(settings, encoding="utf-8")
+    return False
+
+
+def _expect_same(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for table, values in ours.items():
+        held = theirs.get(table, {})
+        for key in [*values, *held]:
+            seen, wanted = held.get(key), values.get(key)
+            if seen != wanted:
+                raise ConfigError(
+                    f"{folder} holds a run with another {table}.{key}",
+                    seen=repr(seen),
+                    wanted=repr(wanted),
+                    fix="Choose another folder, or remove it.",
+                )

@@ -1,0 +1,149 @@
+"""Settings of a run: a TOML file, then `--set key=value`, into a head's config and a TrainSpec."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..data_manifests.errors import ConfigError, UnknownName
+from .heads import find
+from .specs import TrainSpec
+
+OTHER_TABLES = ("features", "protocol")  # of the same file, for the other stages
+
+Spec = TypeVar("Spec")
+
+
+def settings(head: str, toml: Path | None = None, sets: Sequence[str] = ()) -> tuple[Any, TrainSpec]:
+    """Resolve what a run is asked to do; what is not said keeps its default.
+
+    Args:
+        toml: `[head]` (with `name`, or not) and `[train]`; other stages' tables are left alone.
+        sets: `head.layers=2`, `train.lr=1e-3`, or `lr=1e-3` where one of the two has the key; stronger than the file.
+
+    Returns:
+        The head's own config, and the training.
+
+    Raises:
+        UnknownName: no such head, table or key; names the nearest.
+        ConfigError: no TOML, a value of the wrong type, an ambiguous key, a combination that cannot be.
+    """
+    specs: dict[str, type] = {"head": find(head).config, "train": TrainSpec}
+    tables: dict[str, dict[str, Any]] = {"head": {}, "train": {}}
+    if toml is not None:
+        tables |= _read(toml, head)
+    for assignment in sets:
+        table, key, text = _split(assignment, specs)
+        tables[table][key] = _parse(text, _hints(specs[table])[key], f"{table}.{key}")
+    return fill(specs["head"], tables["head"], "head"), fill(TrainSpec, tables["train"], "train")
+
+
+def fill(spec: type[Spec], table: Mapping[str, Any], where: str) -> Spec:
+    """Make a dataclass of plain settings from a table of TOML or JSON.
+
+    Raises:
+        UnknownName: a key that it lacks.
+        ConfigError: a value of the wrong type.
+    """
+    hints = _hints(spec)
+    for key in table:
+        if key not in hints:
+            raise UnknownName(f"setting in [{where}]", key, hints)
+    return spec(**{key: _check(value, hints[key], f"{where}.{key}") for key, value in table.items()})
+
+
+def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Flat tables as TOML, which `settings` reads again; None is left out, as TOML has no word for it."""
+    lines = []
+    for name, table in tables.items():
+        lines.append(f"[{name}]")
+        # A JSON number, text, truth value or list of them is the same in TOML.
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _read(path: Path, head: str) -> dict[str, dict[str, Any]]:
+    """The tables [head] and [train] of a file."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"no settings at {path}: {error.strerror}") from error
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    for name, table in tables.items():
+        if name not in ("head", "train", *OTHER_TABLES) or not isinstance(table, dict):
+            raise UnknownName(f"table of {path}", name, ("head", "train", *OTHER_TABLES))
+    named = tables.setdefault("head", {}).pop("name", head)
+    if named != head:
+        raise ConfigError(f"{path} is for another head", seen=named, wanted=head)
+    return {"head": tables["head"], "train": tables.get("train", {})}
+
+
+def _split(assignment: str, specs: Mapping[str, type]) -> tuple[str, str, str]:
+    """`table.key=value` or `key=value` as table, key, value."""
+    name, equals, text = assignment.partition("=")
+    if not equals:
+        raise ConfigError("a setting is given as key=value", seen=repr(assignment))
+    name = name.strip()
+    table, _, key = name.rpartition(".")
+    choices = [f"{t}.{k}" for t, spec in specs.items() for k in _hints(spec)]
+    found = [choice for choice in choices if name in (choice, choice.partition(".")[2] if not table else choice)]
+    if not found:
+        raise UnknownName("setting", name, choices if table else {choice.partition(".")[2] for choice in choices})
+    if len(found) > 1:
+        raise ConfigError(f"{name!r} is a setting of both", fix=f"Write {' or '.join(found)}.")
+    return found[0].partition(".")[0], key, text.strip()
+
+
+def _hints(spec: type) -> dict[str, Any]:
+    """Names and types of the fields of a dataclass."""
+    hints = typing.get_type_hints(spec)
+    return {field.name: hints[field.name] for field in dataclasses.fields(spec)}
+
+
+def _parse(text: str, hint: Any, where: str) -> Any:
+    """Read a value of the command line as what the field holds."""
+    choices = _alternatives(hint)
+    if type(None) in choices and text.lower() == "none":
+        return None
+    kind = next(choice for choice in choices if choice is not type(None))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_parse(part.strip(), item, where) for part in text.split(",")) if text else ()
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{where} is true or false", seen=repr(text))
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise _wrong_type(where, text, hint) from error
+
+
+def _check(value: Any, hint: Any, where: str) -> Any:
+    """Hold a value to its field's type; an int is a float, a list is a tuple."""
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+            return tuple(_check(item, typing.get_args(kind)[0], where) for item in value)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is kind and (kind is not float or math.isfinite(value)):
+            return value
+    raise _wrong_type(where, value, hint)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _wrong_type(where: str, value: Any, hint: Any) -> ConfigError:
+    wanted = getattr(hint, "__name__", hint)
+    return ConfigError(f"{where} has a value of the wrong type", seen=repr(value), wanted=wanted)

@@ -1,0 +1,126 @@
+"""What a head declares, what it is built from, what it returns, and how it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..data_manifests.errors import ConfigError
+from ..extract.batches import FeatureBatch
+from ..extract.specs import PRECISIONS, TowerShape
+from ..extract.text import TextFeatures
+from ..extract.towers import Tower
+
+
+@dataclass(frozen=True, slots=True)
+class HeadContext:
+    """What a head may know when it is built; nothing here is a tensor of the training set."""
+
+    shape: TowerShape
+    n_frames: int  # T of the store's videos
+    class_names: tuple[str, ...]
+    tower: Callable[[], Tower]  # the frozen tower, loaded on the first call; for heads that reach into it
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutput:
+    """What a head says of a batch."""
+
+    logits: Tensor | None = None  # [B, C]
+    embedding: Tensor | None = None  # [B, E], un-normalised
+    losses: Mapping[str, Tensor] = field(default_factory=dict)  # terms to add to the loss, already weighted
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """The constant `HEAD` of every file in `heads/`: the file's name is the head's name."""
+
+    config: type  # a frozen dataclass of plain settings, every one with a default
+    build: Callable[[Any, HeadContext], nn.Module]
+    needs: Callable[[Any], tuple[str, ...]]  # of a config: features and, where the head reads class names, "text"
+    tasks: frozenset[str]  # classify: forward(batch, text) -> HeadOutput | episodes: an EpisodeHead
+    source: str  # where it comes from, as a citation
+    is_trained: bool = True  # False: nothing to train; `eval --head NAME` uses it as it is
+
+    def needs_text(self, config: Any) -> bool:
+        """Whether the head reads class names through the text tower."""
+        return "text" in self.needs(config)
+
+    def features(self, config: Any) -> tuple[str, ...]:
+        """The stored features it reads: `needs` without text."""
+        return tuple(name for name in self.needs(config) if name != "text")
+
+
+class ClassifierHead(Protocol):
+    """A head with the task `classify`: an nn.Module whose forward is this."""
+
+    def __call__(self, batch: FeatureBatch, text: TextFeatures | None) -> HeadOutput:
+        """Score a batch; `batch` is never changed in place."""
+        ...
+
+
+class EpisodeHead(Protocol):
+    """A head with the task `episodes`."""
+
+    uses_class_names: bool
+    is_transductive: bool
+
+    def episode_logits(self, bank: FeatureBatch, support: Tensor, query: Tensor, text: Tensor | None) -> Tensor:
+        """Score the queries of many episodes; larger is closer.
+
+        Args:
+            bank: features of all V videos that the episodes draw from.
+            support: rows of the bank, [n, W, K].
+            query: rows of the bank, [n, Q] (queries of all ways of an episode).
+            text: class embeddings of each episode's ways, [n, W, E]; None where names are not used.
+
+        Returns:
+            logits [n, Q, W].
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSpec:
+    """The one plain training loop, in numbers."""
+
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    decay_all: bool = False  # also decay biases, norms and tables of positions, as EVL and Efficient-Prompt publish
+    warmup_epochs: float = 1.0
+    min_lr_ratio: float = 0.0  # the cosine ends at lr × this
+    label_smoothing: float = 0.0
+    clip_norm: float = 1.0  # 0 switches clipping off
+    precision: str = "fp32"  # autocast of the forward pass: fp32 | bf16 | fp16
+    seed: int = 0
+    val_fraction: float = 0.15  # carved from the training split where the manifest has no validation split
+    patience: int = 0  # epochs without a better validation score before stopping; 0 never stops early
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot train."""
+        for name, low, high in (
+            ("epochs", 1, math.inf),
+            ("batch_size", 1, math.inf),
+            ("lr", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("warmup_epochs", 0, math.inf),
+            ("min_lr_ratio", 0, 1),
+            ("label_smoothing", 0, 1),
+            ("clip_norm", 0, math.inf),
+            ("seed", 0, math.inf),
+            ("patience", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                raise ConfigError(f"impossible {name}", seen=value, wanted=wanted)
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError("val_fraction is a share of the training videos", seen=self.val_fraction, wanted="0 to 1")
+        if self.precision not in PRECISIONS:
+            raise ConfigError("unknown precision", seen=self.precision, wanted=" or ".join(PRECISIONS))
