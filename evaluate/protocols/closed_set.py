@@ -1,0 +1,118 @@
+"""Closed set: every video belongs to one of the classes that the head was built for.
+
+Source: HMDB51, Kuehne et al. 2011, ICCV; UCF101, Soomro et al. 2012, arXiv:1212.0402 (three official splits each).
+Differs: one split a run; the mean over splits is the reader's. Videos that the store lacks are left out of the metrics
+and, where there are any, every metric comes a second time with those videos counted wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...data_manifests.errors import ConfigError
+from ...extract.specs import SpecMismatch
+from ..intervals import Estimate, share
+from ..metrics import best_class, class_accuracy, confusion, top_k_hits
+from ..predictors import Classifier
+from . import Outcome, ProtocolSpec, Videos, class_columns
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Nothing here can change a number."""
+
+    batch_size: int = 32  # videos to one call of the head
+
+    def __post_init__(self) -> None:
+        """Refuse a batch of nothing."""
+        if self.batch_size < 1:
+            raise ConfigError("a batch needs at least one video", seen=f"batch_size={self.batch_size}")
+
+
+def run(predictor: Classifier, videos: Videos, config: Config) -> Outcome:
+    """Score every video against every class of the head: top-1, top-5 and mean class accuracy.
+
+    Raises:
+        SpecMismatch: the head does not score one of the manifest's classes.
+    """
+    class_names = videos.manifest.class_names
+    columns = class_columns(predictor.class_names, class_names, predictor.head)
+    scores, ids = _scores(predictor, videos, config.batch_size)
+    labels = columns[videos.labels_of(ids)]  # [n], columns of the scores
+    hits = {f"top_{k}": top_k_hits(scores, labels, k) for k in (1, 5) if k == 1 or k < len(predictor.class_names)}
+
+    estimates = _estimates(hits, labels, videos.groups_of(ids))
+    if videos.missing:
+        every_id = [*ids, *videos.missing]
+        every_label = columns[videos.labels_of(every_id)]
+        misses = np.zeros(len(videos.missing), dtype=bool)
+        padded = {name: np.concatenate([hit, misses]) for name, hit in hits.items()}
+        worst = _estimates(padded, every_label, videos.groups_of(every_id))
+        estimates |= {f"{name}_missing_wrong": estimate for name, estimate in worst.items()}
+
+    predicted = best_class(scores)
+    n_classes = len(predictor.class_names)
+    return Outcome(
+        estimates=estimates,
+        n=len(ids),
+        unit="videos",
+        notes=tuple(_notes(predictor, videos, scores, labels)),
+        details={
+            "class_names": np.array(predictor.class_names),
+            "video_ids": np.array(ids),
+            "labels": labels,
+            "predicted": predicted,
+            "confusion": confusion(predicted, labels, n_classes),  # rows: right class
+            "class_accuracy": class_accuracy(hits["top_1"], labels, n_classes),
+        },
+    )
+
+
+def _scores(predictor: Classifier, videos: Videos, batch_size: int) -> tuple[NDArray[np.float32], list[str]]:
+    """Scores [n, C] and ids of all videos; features pass through memory one batch at a time."""
+    scores: list[NDArray[np.float32]] = []
+    ids: list[str] = []
+    for batch in videos.dataset.batches(batch_size, shuffle_seed=None):
+        scores.append(predictor.logits(batch))  # [B, C]
+        ids += batch.video_ids
+        wanted = (len(batch), len(predictor.class_names))
+        if scores[-1].shape != wanted:
+            raise SpecMismatch(f"{predictor.head} gave scores of another shape", seen=scores[-1].shape, wanted=wanted)
+    return np.concatenate(scores), ids
+
+
+def _estimates(
+    hits: dict[str, NDArray[np.bool_]], labels: NDArray[np.int64], groups: NDArray[np.str_] | None
+) -> dict[str, Estimate]:
+    estimates = {name: share(hit, groups=groups) for name, hit in hits.items()}
+    class_weights = 1 / np.bincount(labels)[labels]  # [n]
+    return estimates | {"mean_class": share(hits["top_1"], class_weights, groups)}
+
+
+def _notes(predictor: Classifier, videos: Videos, scores: NDArray[np.float32], labels: NDArray[np.int64]) -> list[str]:
+    n_known, n_wanted = len(predictor.class_names), len(videos.manifest.class_names)
+    n_empty = n_wanted - len(np.unique(labels))
+    groups = videos.groups_of(videos.dataset.ids)
+    n_broken = int(np.isnan(scores).any(axis=1).sum())
+    notes = []
+    if n_known > n_wanted:
+        notes.append(f"the head tells {n_known} classes apart, of which the manifest has {n_wanted}")
+    if groups is not None:
+        notes.append(f"intervals take the {len(set(groups)):,} groups of the manifest, not the videos, as independent")
+    if n_empty:
+        notes.append(f"{n_empty} of {n_wanted} classes have no video here; mean_class is over the others")
+    if n_broken:
+        notes.append(f"{n_broken} videos have scores that are not numbers, which count against the head")
+    return notes
+
+
+PROTOCOL = ProtocolSpec(
+    config=Config,
+    run=run,
+    task="classify",
+    headline="top_1",
+    source="Kuehne et al. 2011, ICCV (HMDB51); Soomro et al. 2012, arXiv:1212.0402 (UCF101)",
+)
