@@ -43,7 +43,8 @@ class FeatureBatch:
         """Move the batch; `dtype` converts the floating features (pixels stay uint8)."""
 
         def moved(feature: Tensor) -> Tensor:
-            return feature.to(device, dtype if feature.is_floating_point() else None, non_blocking=True)
+            there = feature.to(device, non_blocking=True)  # in its small dtype: torch would widen it before the bus
+            return there.to(dtype) if dtype is not None and there.is_floating_point() else there
 
         return replace(
             self,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: test processes share the cores
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

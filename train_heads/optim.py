@@ -26,7 +26,7 @@ def build_optimiser(head: nn.Module, spec: TrainSpec) -> AdamW:
     if not decayed and not kept:
         raise ConfigError("this head has nothing to train", fix="Evaluate it as it is: `coldframe eval --head NAME`.")
     groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=spec.lr)
+    return AdamW([group for group in groups if group["params"]], lr=spec.lr, fused=True)
 
 
 def learning_rate(step: int, n_steps: int, n_warmup: int, spec: TrainSpec) -> float:

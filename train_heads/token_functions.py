@@ -48,8 +48,8 @@ def bin_by_displacement(
         grid: (gh, gw), patches down and across.
 
     Returns:
-        float32 [2, n, gh, B·(T-1)·w, gh·c], previous then next: what the patch in row i and in column j of block m sees at
-        (k, l) stands at (i - k + gh - 1) - i and (m·w + j - l + gw - 1) - m·w of the last axis.
+        float32 [2, n, gh, B·(T-1)·w, gh·c], previous then next. What the patch in row i and in column j of block m gives to
+        the patch at (k, l) stands at (gh-1-k, j + gw-1-l) of the last axis: in a table, i rows and m·w columns further.
     """
     (gh, gw), n_pairs = grid, tokens.shape[1] - 1
     n = 1 if gw % 2 else 2
