@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,12 @@ class Predictor(Protocol):
     """What every number has to say about the head it measures."""
 
     head: str
+    config: Mapping[str, Any]  # the head's own settings
     tasks: frozenset[str]  # classify: it is a Classifier | episodes: it is an EpisodeScorer
     needs: tuple[str, ...]  # canonical stored features
     class_names: tuple[str, ...]  # the classes it scores, or whose names it may read
     uses_class_names: bool
+    templates: tuple[str, ...]  # of the sentences around class names; () where it reads none
     is_transductive: bool  # the other videos of a batch or episode change a video's scores
     checkpoint: str  # fingerprint of its weights; "" where nothing was trained, and then the next four are empty too
     manifest_fingerprint: str  # of the manifest it was trained on

@@ -25,6 +25,7 @@ class Result:
     dataset: str
     split: str
     head: str
+    head_config: dict[str, Any]
     headline: str  # the metric to quote
     metrics: dict[str, float]
     interval_95: dict[str, tuple[float, float]]  # of every metric: other videos, or other episodes
@@ -35,10 +36,11 @@ class Result:
     seed: int | None  # of what the protocol drew; None where it drew nothing
     training_seed: int | None
     uses_class_names: bool
+    templates: tuple[str, ...]  # of the sentences around class names; () where none were read
     is_transductive: bool
     selection: str  # the split that chose the head's epoch; "" where nothing was chosen
     frames: str  # which frames of a video were read; cached, so the same in every run
-    config: dict[str, Any]
+    config: dict[str, Any]  # of the protocol
     fingerprints: dict[str, str]  # store, manifest; where there are: checkpoint, training_manifest, episodes
     notes: tuple[str, ...]  # what a reader must know before comparing
     details: str  # file beside the results: what every video or episode scored; "" where none was kept
@@ -74,21 +76,27 @@ class Result:
             name: {metric: (low, high) for metric, (low, high) in data[name].items()}
             for name in ("interval_95", "interval_95_classes")
         }
-        return cls(**{**data, **bounds, "notes": tuple(data["notes"])})
+        return cls(**{**data, **bounds, **{name: tuple(data[name]) for name in ("templates", "notes")}})
 
     def describe(self) -> str:
         """The result in a few lines, for a terminal."""
         width = max(len(metric) for metric in self.metrics)
-        scores = [f"  {metric:{width}}  {self.percent(metric)} %" for metric in self.metrics]
+        scores = [f"  {metric:{width}}  {self.percent(metric)}" for metric in self.metrics]
         missing = f", {self.n_missing:,} videos missing" if self.n_missing else ""
         return "\n".join(
             [
-                f"{self.protocol} {self.setting}".strip() + f" · {self.dataset} {self.split} · {self.head}",
+                f"{self.protocol} {self.setting}".strip() + f" · {self.dataset} {self.split} · {self.head_name}",
                 *scores,
                 f"  {self.n:,} {self.unit}{missing}; {', '.join(self.conditions)}",
                 *(f"  note: {note}" for note in self.notes),
             ]
         )
+
+    @property
+    def head_name(self) -> str:
+        """The head and, where it compares videos by one, its metric: `prototypes (bi_mhm)`."""
+        metric = self.head_config.get("metric")
+        return f"{self.head} ({metric})" if metric else self.head
 
     @property
     def conditions(self) -> tuple[str, str, str]:
@@ -100,14 +108,15 @@ class Result:
         )
 
     def percent(self, metric: str) -> str:
-        """A metric with its interval, in percent: `83.4 ± 1.2`, and the interval over classes where there is one.
+        """A metric with its interval: `83.4 ± 1.2 %`, and the interval over classes where there is one.
 
-        An interval need not be symmetric (near 0 and 100 it is not); ± is then its longer side.
+        Where the sides of an interval differ (near 0 and 100 they do), its bounds: `25.0 % [1.5, 88.2]`.
         """
         value = self.metrics[metric]
-        text = f"{100 * value:.1f} ± {100 * _half(value, self.interval_95[metric]):.1f}"
+        interval = _interval(value, self.interval_95[metric])
+        text = f"{100 * value:.1f} {interval} %" if interval.startswith("±") else f"{100 * value:.1f} % {interval}"
         if metric in self.interval_95_classes:
-            text += f" (classes ± {100 * _half(value, self.interval_95_classes[metric]):.1f})"
+            text += f" (classes {_interval(value, self.interval_95_classes[metric])})"
         return text
 
 
@@ -137,12 +146,16 @@ def read_results(path: Path) -> tuple[list[Result], int]:
     """Read a results file: its results in the order written, and the number of torn lines that were left out.
 
     Raises:
-        ConfigError: a line is whole but no result of this release; gives its number.
+        ConfigError: there is no such file, or a line is whole but no result of this release; gives its number.
         OSError: the file cannot be read.
     """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError as error:
+        raise ConfigError(f"no results in {path}", fix="Run coldframe eval first, or name the file.") from error
     results: list[Result] = []
     n_torn = 0
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -162,30 +175,43 @@ def read_results(path: Path) -> tuple[list[Result], int]:
 def table(results: Sequence[Result]) -> str:
     """A Markdown table whose columns also line up as plain text; below it, what its readers must know.
 
-    Every row says what makes numbers comparable: n, missing videos, class names, transduction, selection.
+    It says of every row what makes numbers comparable: n, missing videos, class names, transduction, selection. What
+    all rows share stands below the table, and so does every note, once, with the rows that it is of.
     """
-    head = ("protocol", "data", "head", "score, %", "n", "conditions", "also, %")
-    lines = [head, *(_row(result) for result in results)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    padded.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    notes = dict.fromkeys(f"- {result.protocol}, {result.head}: {note}" for result in results for note in result.notes)
-    return "\n".join([*padded, *(["", *notes] if notes else [])])
+    shared = [values[0] for values in zip(*(r.conditions for r in results), strict=True) if len(set(values)) == 1]
+    head = ("protocol", "data", "head", "score", "n", "conditions", "also")
+    rows = [_row(result, shared) for result in results]
+    columns = [cells for cells in zip(head, *rows, strict=True) if any(cells[1:]) or not rows]
+    widths = [max(map(len, cells)) for cells in columns]
+    padded = [[cell.ljust(width) for cell in cells] for cells, width in zip(columns, widths, strict=True)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*padded, strict=True)]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+    below = [f"- all: {', '.join(shared)}"] if shared else []
+    of: dict[str, list[str]] = {}
+    for result in results:
+        for note in result.notes:
+            of.setdefault(note, []).append(f"{result.protocol}, {result.head_name}")
+    below += [f"- {'; '.join(dict.fromkeys(rows_of))}: {note}" for note, rows_of in of.items()]
+    return "\n".join([*lines, *(["", *below] if below else [])])
 
 
-def _row(result: Result) -> tuple[str, ...]:
+def _row(result: Result, shared: Sequence[str]) -> tuple[str, ...]:
     others = [f"{name} {result.percent(name)}" for name in result.metrics if name != result.headline]
     missing = f" ({result.n_missing:,} missing)" if result.n_missing else ""
     return (
         f"{result.protocol} {result.setting}".strip(),
         f"{result.dataset} {result.split}",
-        result.head,
+        result.head_name,
         f"{result.headline} {result.percent(result.headline)}",
         f"{result.n:,} {result.unit}{missing}",
-        ", ".join(result.conditions),
+        ", ".join(condition for condition in result.conditions if condition not in shared),
         " · ".join(others),
     )
 
 
-def _half(value: float, bounds: tuple[float, float]) -> float:
-    return max(value - bounds[0], bounds[1] - value)
+def _interval(value: float, bounds: tuple[float, float]) -> str:
+    """`± 1.2`, in percentage points, or `[1.5, 88.2]` where one side is longer than the other by more than one."""
+    low, high = (100 * bound for bound in bounds)
+    below, above = 100 * value - low, high - 100 * value
+    return f"[{low:.1f}, {high:.1f}]" if abs(above - below) > 1 else f"± {max(below, above):.1f}"

@@ -33,7 +33,7 @@ class ExtractReport:
 
     store: Path
     n_videos: int = 0  # asked for by the manifest
-    n_present: int = 0  # settled before the run began
+    n_present: int = 0  # had their features before the run began
     n_written: int = 0
     n_frames: int = 0
     failures: dict[str, str] = field(default_factory=dict)  # video id → reason; those of earlier runs too
@@ -49,10 +49,10 @@ class ExtractReport:
         return len(self.failures)
 
     @property
-    def bottleneck(self) -> str:
-        """The side that more workers, a faster device or a faster disk would speed up."""
+    def bottleneck(self) -> str | None:
+        """The side that more workers, a faster device or a faster disk would speed up; None where nothing was done."""
         spent = {"decoding": self.decode_wait_s, "tower": self.tower_s, "disk": self.write_wait_s}
-        return max(spent, key=lambda side: spent[side])
+        return max(spent, key=lambda side: spent[side]) if self.n_written else None
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -81,7 +81,9 @@ class ExtractReport:
             )
         lines += [f"failed: {video_id}: {reason}" for video_id, reason in list(self.failures.items())[:10]]
         if self.n_failed > 10:
-            lines.append(f"and {self.n_failed - 10} more: coldframe inspect {self.store}")
+            lines.append(f"and {self.n_failed - 10} more: coldframe inspect {self.store} --json")
+        if self.n_failed:
+            lines.append("a failure is final; --retry-failed tries again")
         if self.interrupted:
             lines.append("interrupted; the same command goes on from here")
         return "\n".join(lines)
@@ -121,8 +123,9 @@ def extract(
     asked = canonical_features(features, tower.shape.layers)
     with FeatureWriter.open(store, spec, tower.shape, asked, manifest, shard_videos=shard_videos) as writer:
         todo = writer.remaining(retry_failed=retry_failed)
-        report.n_present = report.n_videos - len(todo)
-        report.failures = {row.video_id: row.reason for row in writer.failures if row.video_id not in set(todo)}
+        again = set(todo)
+        report.failures = {row.video_id: row.reason for row in writer.failures if row.video_id not in again}
+        report.n_present = report.n_videos - len(todo) - report.n_failed
         if todo:
             names = canonical_features({name for key in todo for name in writer.missing(key)}, tower.shape.layers)
             shards = writer.plan(todo)

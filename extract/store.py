@@ -237,7 +237,7 @@ class FeatureStore:
             "n_with_repeated_frames": sum(row.n_repeated > 0 for row in rows),
             "feature_bytes": {name: n_frames * self._header.frame_bytes(name) for name in self.features},
             "decoders": dict(Counter(row.decoder for row in rows).most_common()),
-            "failures": dict(Counter(row.reason for row in self.failures).most_common()),
+            "failures": {row.video_id: row.reason for row in self.failures},
             "n_shards": len(shards),
             "created_at": self._header.created_at,
             "created_by": self._header.created_by,
@@ -251,9 +251,10 @@ class FeatureStore:
             f"{self.path}: {facts['n_videos']:,} videos, {facts['n_frames']:,} frames, {facts['n_failed']:,} failed",
             f"  tower    {tower.model} {tower.pretrained} {tower.precision}, weights {tower.weights_sha256[:16]}",
             f"  frames   {frames.n_frames} {frames.sampling}, decoder {frames.decoder}, stored as {self.spec.dtype}",
-            f"  store    {self.fingerprint}, {facts['n_shards']:,} shards, changed {facts['changed_at']}",
-            *(f"  feature  {name:<11} {n_bytes / 1e6:12,.1f} MB" for name, n_bytes in facts["feature_bytes"].items()),
-            *(f"  failed   {n:,} × {reason}" for reason, n in facts["failures"].items()),
+            f"  settings {self.fingerprint}, shards: {facts['n_shards']:,}, changed {facts['changed_at']}",
+            *(f"  feature  {name:<11} {n_bytes / 1e3:12,.0f} kB" for name, n_bytes in facts["feature_bytes"].items()),
+            *(f"  failed   {video_id}: {reason}" for video_id, reason in list(facts["failures"].items())[:20]),
+            *([f"           and {facts['n_failed'] - 20:,} more, see --json"] if facts["n_failed"] > 20 else []),
         ]
         return "\n".join(lines)
 

@@ -101,6 +101,7 @@ class Checkpoint:
         _load(module, self.weights, self.head)
         return Predictor(
             head=self.head,
+            config=dataclasses.asdict(self.config),
             module=module,
             needs=needed_features(self.head, self.config, store),
             class_names=names,

@@ -24,7 +24,10 @@ def build_optimiser(head: nn.Module, spec: TrainSpec) -> AdamW:
                 is_decayed = spec.decay_all or _is_weight_matrix(module, name, parameter)
                 (decayed if is_decayed else kept).append(parameter)
     if not decayed and not kept:
-        raise ConfigError("this head has nothing to train", fix="Evaluate it as it is: `coldframe eval --head NAME`.")
+        raise ConfigError(
+            "this head has nothing to train",
+            fix="Evaluate it as it is: `coldframe eval PROTOCOL --store STORE --head NAME`.",
+        )
     groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return AdamW([group for group in groups if group["params"]], lr=spec.lr, fused=True)
 

@@ -71,7 +71,11 @@ def train(
     out, spec = Path(out), spec or TrainSpec()
     config = find(head).config() if config is None else config
     if not find(head).is_trained:
-        raise ConfigError(f"{head} has nothing to train", fix=f"Evaluate it as it is: `coldframe eval --head {head}`.")
+        protocol = "few_shot" if "episodes" in find(head).tasks else "zero_shot"
+        raise ConfigError(
+            f"{head} has nothing to train",
+            fix=f"Evaluate it as it is: `coldframe eval {protocol} --store STORE --head {head}`.",
+        )
     needs = needed_features(head, config, store)
     store.require(needs, wanted_by=head)
     videos = _videos(store, manifest, needs, spec)
@@ -133,13 +137,14 @@ def untrained(
     """
     if find(head).is_trained:
         raise ConfigError(
-            f"{head} must be trained first", fix=f"`coldframe train-head --head {head}`, then name the run."
+            f"{head} must be trained first",
+            fix=f"`coldframe train-head {head} --store STORE --out RUN`, then name the run.",
         )
     config = find(head).config() if config is None else config
     found = find_device(device)
     module, text = build_head(head, config, store, class_names, templates, found)
     needs = needed_features(head, config, store)
-    return Predictor(head, module, needs, tuple(class_names), text, found)
+    return Predictor(head, dataclasses.asdict(config), module, needs, tuple(class_names), text, found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ class Predictor:
     """A head that is built, loaded and on its device. Fits the protocols of evaluate/predictors.py."""
 
     head: str
+    config: Mapping[str, Any]  # the head's own settings
     module: nn.Module
     needs: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -35,6 +37,7 @@ class Predictor:
         """Say what kind of head it is."""
         self.tasks = find(self.head).tasks
         self.uses_class_names = self.text is not None
+        self.templates = () if self.text is None else self.text.templates
         self.is_transductive = bool(getattr(self.module, "is_transductive", False))
         self.module.eval()
 

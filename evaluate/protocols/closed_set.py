@@ -101,12 +101,18 @@ def _notes(predictor: Classifier, videos: Videos, scores: NDArray[np.float32], l
     if n_known > n_wanted:
         notes.append(f"the head tells {n_known} classes apart, of which the manifest has {n_wanted}")
     if groups is not None:
-        notes.append(f"intervals take the {len(set(groups)):,} groups of the manifest, not the videos, as independent")
+        notes.append(_on_groups(len(set(groups))))
     if n_empty:
         notes.append(f"{n_empty} of {n_wanted} classes have no video here; mean_class is over the others")
     if n_broken:
         notes.append(f"{n_broken} videos have scores that are not numbers, which count against the head")
     return notes
+
+
+def _on_groups(n_groups: int) -> str:
+    if n_groups == 1:
+        return "all videos are of one group: the interval is as wide as for one video"
+    return f"intervals take the {n_groups:,} groups of the manifest, not the videos, as independent"
 
 
 PROTOCOL = ProtocolSpec(

@@ -124,7 +124,23 @@ def _notes(predictor: EpisodeScorer, videos: Videos, episodes: EpisodeList) -> l
         notes.append(f"not few-shot of new classes: videos of {seen} of the {len(drawn)} classes were trained on")
     if len(drawn) == episodes.spec.n_way:
         notes.append("as many classes as ways: how far other classes would move the number is not known")
+    n_shared = _n_sharing_groups(videos.groups_of(episodes.bank_ids), episodes)
+    if n_shared:
+        notes.append(
+            f"in {n_shared:,} of {len(episodes):,} episodes a query shares a group with the support of its class: "
+            "too good to be true"
+        )
     return notes
+
+
+def _n_sharing_groups(groups: NDArray[np.str_] | None, episodes: EpisodeList) -> int:
+    """Episodes in which a query is of the same group as a support video of its own class; groups [V] of the bank."""
+    if groups is None:
+        return 0
+    group = np.unique(groups, return_inverse=True)[1]  # [V]
+    query = rearrange(group[episodes.query], "e w q -> e w q 1")
+    support = rearrange(group[episodes.support], "e w k -> e w 1 k")
+    return int((query == support).any(axis=(1, 2, 3)).sum())
 
 
 PROTOCOL = ProtocolSpec(

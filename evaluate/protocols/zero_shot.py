@@ -31,7 +31,8 @@ def run(predictor: Classifier, videos: Videos, config: closed_set.Config) -> Out
     class_names = videos.manifest.class_names
     seen = n_seen(predictor.seen_classes, class_names)
     notes = (f"not zero-shot: videos of {seen} of the {len(class_names)} classes were trained on",) if seen else ()
-    return replace(outcome, setting=f"{seen} of {len(class_names)} classes seen", notes=outcome.notes + notes)
+    setting = f"{seen} of {len(class_names)} classes seen in training" if seen else "no class seen in training"
+    return replace(outcome, setting=setting, notes=outcome.notes + notes)
 
 
 PROTOCOL = ProtocolSpec(

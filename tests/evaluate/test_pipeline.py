@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,10 +44,12 @@ class Head:
     """Gives the mean frame as scores; `wrong` turns some videos' scores around."""
 
     head: str = "fake"
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tasks: frozenset[str] = frozenset({"classify", "episodes"})
     needs: tuple[str, ...] = ("embedding",)
     class_names: tuple[str, ...] = CLASSES
     uses_class_names: bool = True
+    templates: tuple[str, ...] = ()
     is_transductive: bool = False
     checkpoint: str = "c" * 16
     manifest_fingerprint: str = MANIFEST.fingerprint
@@ -87,7 +90,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 
 def test_a_result_says_everything_that_made_it(store: FeatureStore, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    result = evaluate(store, MANIFEST, Head(wrong=["test/wave/0.mp4"]), "closed-set", {"batch_size": 5}, path)
+    head = Head(wrong=["test/wave/0.mp4"], config={"layers": 2}, templates=("a video of {}.",))
+    result = evaluate(store, MANIFEST, head, "closed-set", {"batch_size": 5}, path)
     assert read_results(path) == ([result], 0)
     assert (result.protocol, result.dataset, result.split, result.head) == ("closed_set", "toy", "test", "fake")
     assert (result.n, result.unit, result.n_missing) == (16, "videos", 2)
@@ -96,6 +100,7 @@ def test_a_result_says_everything_that_made_it(store: FeatureStore, tmp_path: Pa
     assert result.interval_95.keys() == result.metrics.keys()
     assert (result.seed, result.training_seed, result.selection) == (None, 7, "val")
     assert result.config == {"batch_size": 5}
+    assert (result.head_config, result.templates) == ({"layers": 2}, ("a video of {}.",))
     assert result.frames == "2 uniform"
     assert result.fingerprints == {
         "store": store.fingerprint,
@@ -157,7 +162,7 @@ def test_an_untrained_head_has_nothing_to_tell(store: FeatureStore) -> None:
     result = evaluate(store, MANIFEST, head, "zero_shot", split="train")
     assert result.notes == ()
     assert result.fingerprints.keys() == {"store", "manifest"}
-    assert result.setting == "0 of 3 classes seen"
+    assert result.setting == "no class seen in training"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,12 @@ class Head:
     """Both kinds of predictor: gives the embedding as scores, and compares frame means in episodes."""
 
     head: str = "fake"
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tasks: frozenset[str] = frozenset({"classify", "episodes"})
     needs: tuple[str, ...] = ("embedding",)
     class_names: tuple[str, ...] = CLASSES
     uses_class_names: bool = True
+    templates: tuple[str, ...] = ()
     is_transductive: bool = False
     checkpoint: str = ""
     manifest_fingerprint: str = ""
@@ -234,6 +236,11 @@ def test_groups_of_the_manifest_widen_the_interval() -> None:
     assert any("the 7 groups of the manifest" in note for note in together.notes)
 
 
+def test_one_group_of_all_videos_is_told_as_one() -> None:
+    outcome = closed_set.run(Head(), toy_videos(8, signal=1.5, groups=["film"] * 56), closed_set.Config())
+    assert outcome.notes == ("all videos are of one group: the interval is as wide as for one video",)
+
+
 def test_scores_that_are_not_numbers_are_counted_wrong_and_told() -> None:
     outcome = scored([[float("nan"), 0, 0], [0, 9, 0], [0, 0, 9]], [0, 1, 2])
     assert outcome.estimates["top_1"].value == pytest.approx(2 / 3)
@@ -250,10 +257,10 @@ def test_zero_shot_needs_a_head_that_reads_names() -> None:
 
 def test_zero_shot_says_how_many_classes_were_seen_in_training() -> None:
     clean = zero_shot.run(Head(seen_classes=("swim",)), toy_videos(), closed_set.Config())
-    assert clean.setting == "0 of 7 classes seen"
+    assert clean.setting == "no class seen in training"
     assert clean.notes == ()
     seen = zero_shot.run(Head(seen_classes=("High Five", "run", "swim")), toy_videos(), closed_set.Config())
-    assert seen.setting == "2 of 7 classes seen"
+    assert seen.setting == "2 of 7 classes seen in training"
     assert seen.notes == ("not zero-shot: videos of 2 of the 7 classes were trained on",)
     assert seen.estimates == clean.estimates
 
@@ -381,6 +388,32 @@ def test_class_ids_are_those_of_the_head_where_it_reads_names() -> None:
 def test_classes_that_were_trained_on_are_told() -> None:
     outcome = few_shot.run(Head(seen_classes=CLASSES[:2]), toy_videos(8), FEW)
     assert outcome.notes == ("not few-shot of new classes: videos of 2 of the 7 classes were trained on",)
+
+
+def test_queries_of_a_group_in_their_own_support_are_counted() -> None:
+    groups = [f"film {number // 2 % 3}" if number < 24 else "" for number in range(56)]  # of the first three classes
+    outcome = few_shot.run(Head(), toy_videos(8, groups=groups), FEW)
+    episodes = outcome.episodes
+    assert episodes is not None
+    group_of = dict(zip(toy_videos(8).dataset.ids, groups, strict=True))
+    group = [group_of[video_id] for video_id in episodes.bank_ids]
+    n_shared = sum(
+        any(
+            group[q] and group[q] in {group[s] for s in episodes.support[e, way]}
+            for way in range(3)
+            for q in episodes.query[e, way]
+        )
+        for e in range(200)
+    )
+    assert 0 < n_shared < 200
+    assert outcome.notes == (
+        f"in {n_shared} of 200 episodes a query shares a group with the support of its class: too good to be true",
+    )
+
+
+def test_groups_that_no_class_repeats_are_not_told() -> None:
+    groups = [f"film {number % 8}" for number in range(56)]  # every class has one video of every film
+    assert few_shot.run(Head(), toy_videos(8, groups=groups), FEW).notes == ()
 
 
 def test_as_many_classes_as_ways_leave_no_interval_over_classes() -> None:

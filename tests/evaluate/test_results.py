@@ -3,11 +3,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from coldframe import evaluate
 from coldframe.data_manifests.errors import ConfigError
 from coldframe.evaluate import Result, append_result, read_results, table
 
@@ -17,6 +20,7 @@ CLOSED = Result(
     dataset="toy",
     split="test",
     head="linear_probe",
+    head_config={"feature": "embedding"},
     headline="top_1",
     metrics={"top_1": 0.834, "mean_class": 1.0},
     interval_95={"top_1": (0.8215, 0.8455), "mean_class": (0.963, 1.0)},
@@ -27,6 +31,7 @@ CLOSED = Result(
     seed=None,
     training_seed=3,
     uses_class_names=False,
+    templates=(),
     is_transductive=False,
     selection="val",
     frames="8 uniform",
@@ -44,6 +49,7 @@ FEW = dataclasses.replace(
     protocol="few_shot",
     setting="5-way 1-shot",
     head="prototypes",
+    head_config={"metric": "bi_mhm"},
     headline="accuracy",
     metrics={"accuracy": 0.6212},
     interval_95={"accuracy": (0.6169, 0.6255)},
@@ -53,6 +59,7 @@ FEW = dataclasses.replace(
     n_missing=0,
     seed=0,
     uses_class_names=True,
+    templates=("a video of {}.",),
     is_transductive=True,
     selection="",
     notes=(),
@@ -139,10 +146,32 @@ def test_a_whole_line_of_another_format_is_refused_by_number(tmp_path: Path, cha
         read_results(path)
 
 
-def test_percent_gives_the_longer_side_of_the_interval() -> None:
-    assert CLOSED.percent("top_1") == "83.4 ± 1.2"
-    assert CLOSED.percent("mean_class") == "100.0 ± 3.7"
-    assert FEW.percent("accuracy") == "62.1 ± 0.4 (classes ± 5.1)"
+def test_a_file_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no results in .*none\.jsonl\. Run coldframe eval first, or name the file\."
+    ):
+        read_results(tmp_path / "none.jsonl")
+
+
+def test_results_are_read_without_torch() -> None:
+    code = "import sys, coldframe.evaluate.results; from coldframe.evaluate import table; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "False"
+
+
+def test_every_public_name_can_be_had() -> None:
+    assert all(hasattr(evaluate, name) for name in evaluate.__all__)
+    with pytest.raises(AttributeError, match="tabel"):
+        _ = evaluate.tabel
+
+
+def test_percent_gives_the_longer_side_of_an_even_interval_and_the_bounds_of_an_uneven_one() -> None:
+    assert CLOSED.percent("top_1") == "83.4 ± 1.2 %"
+    assert CLOSED.percent("mean_class") == "100.0 % [96.3, 100.0]"
+    assert FEW.percent("accuracy") == "62.1 ± 0.4 % (classes ± 5.1)"
+    wide = dataclasses.replace(FEW, metrics={"accuracy": 0.25}, interval_95={"accuracy": (0.015, 0.882)})
+    wide = dataclasses.replace(wide, interval_95_classes={"accuracy": (0.0, 0.6)})
+    assert wide.percent("accuracy") == "25.0 % [1.5, 88.2] (classes [0.0, 60.0])"
 
 
 def test_the_table_is_markdown_that_lines_up() -> None:
@@ -151,20 +180,39 @@ def test_the_table_is_markdown_that_lines_up() -> None:
     assert len({len(row) for row in rows}) == 1
     assert {row.count("|") for row in rows} == {8}
     assert set(rows[1]) == {"|", "-"}
-    assert "| top_1 83.4 ± 1.2 " in rows[2]
+    assert "| top_1 83.4 ± 1.2 % " in rows[2]
     assert "1,530 videos (12 missing)" in rows[2]
     assert "no class names, inductive, selected on val" in rows[2]
-    assert "mean_class 100.0 ± 3.7" in rows[2]
+    assert "mean_class 100.0 % [96.3, 100.0]" in rows[2]
     assert "few_shot 5-way 1-shot" in rows[3]
+    assert "prototypes (bi_mhm)" in rows[3]
     assert "class names, transductive, nothing selected" in rows[3]
     assert lines[5:] == ["", "- closed_set, linear_probe: 12 videos are missing, among them ü.mp4"]
+
+
+def test_what_all_rows_share_stands_once_below_the_table() -> None:
+    other = dataclasses.replace(CLOSED, head="mean_pool", selection="", notes=CLOSED.notes)
+    lines = table([CLOSED, other]).splitlines()
+    assert "| selected on val " in lines[2]
+    assert "| nothing selected " in lines[3]
+    assert lines[4:] == [
+        "",
+        "- all: no class names, inductive",
+        "- closed_set, linear_probe; closed_set, mean_pool: 12 videos are missing, among them ü.mp4",
+    ]
+    alone = table([FEW]).splitlines()
+    assert "conditions" not in alone[0]
+    assert "also" not in alone[0]
+    assert alone[3:] == ["", "- all: class names, transductive, nothing selected"]
+    assert table([]).startswith("| protocol | data ")
 
 
 def test_describe_says_everything_in_a_few_lines() -> None:
     assert CLOSED.describe().splitlines() == [
         "closed_set · toy test · linear_probe",
         "  top_1       83.4 ± 1.2 %",
-        "  mean_class  100.0 ± 3.7 %",
+        "  mean_class  100.0 % [96.3, 100.0]",
         "  1,530 videos, 12 videos missing; no class names, inductive, selected on val",
         "  note: 12 videos are missing, among them ü.mp4",
     ]
+    assert FEW.describe().startswith("few_shot 5-way 1-shot · toy test · prototypes (bi_mhm)\n")

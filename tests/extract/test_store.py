@@ -306,13 +306,13 @@ def test_stats_count_what_is_there(toy) -> None:
     n_frames = 3 * 4 + 5 + 1 + 2
     assert facts["n_videos"] == 7
     assert facts["n_frames"] == n_frames
-    assert facts["failures"] == {"timed out": 1}
+    assert list(facts["failures"].values()) == ["timed out"]
     assert facts["feature_bytes"] == {"embedding": n_frames * 8, "tokens.2": n_frames * 60}
     assert facts["n_shards"] == 3
     assert facts["decoders"] == {"pyav": 7}
     assert json.loads(json.dumps(facts))["spec"]["dtype"] == "float16"
     text = store.describe()
-    for part in ("7 videos", f"{n_frames} frames", "1 failed", "toy random", "tokens.2", "1 × timed out"):
+    for part in ("7 videos", f"{n_frames} frames", "1 failed", "toy random", "tokens.2", ": timed out"):
         assert part in text
 
 

@@ -45,8 +45,8 @@ def test_the_record_claims_what_the_weights_are_for() -> None:
     claimed = {kind: [] for kind in ("shape", "colour", "place")}
     for kind, percent in re.findall(r"\| (shape|colour|place) of .* \| ([0-9.]+)% \|", RECORD):
         claimed[kind].append(float(percent))
-    assert min(claimed["shape"] + claimed["colour"]) >= 90
-    assert min(claimed["place"]) >= 80
+    assert min(claimed["shape"]) >= 85
+    assert min(claimed["colour"] + claimed["place"]) >= 95
 
 
 def test_open_clip_loads_it_with_its_own_tokenizer_and_quick_gelu(shipped: Shipped) -> None:
@@ -133,7 +133,7 @@ def test_frames_tell_places_but_their_average_does_not_tell_motions(shipped: Shi
         embedding = torch.cat([model.encode_image(part, normalize=True) for part in pixels.split(96)])
     embedding = embedding.reshape(len(clips), 8, -1).numpy()  # [V, T, E]
     labels = np.array([MOTIONS.index(clip.motion) for clip in clips])
-    is_test = np.arange(len(clips)) % 12 >= 8
+    is_test = np.array([clip.split != "train" for clip in clips])
     assert linear_probe(embedding.reshape(len(clips), -1), labels, is_test) > 0.8
     assert linear_probe(embedding.mean(axis=1), labels, is_test) < 0.4
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -62,6 +62,7 @@ def test_the_predictor_says_where_it_comes_from(saved, store, manifest):
     assert predictor.checkpoint == checkpoint.fingerprint
     assert predictor.manifest_fingerprint == manifest.fingerprint
     assert (predictor.selection, predictor.seed) == ("val", 3)
+    assert (predictor.config, predictor.templates) == (asdict(checkpoint.config), ())
     assert not predictor.uses_class_names
     assert not predictor.is_transductive
     batch = FeatureDataset(store, store.ids[:4], [-1] * 4, predictor.needs).all()

@@ -11,6 +11,7 @@ from coldframe.data_manifests.records import ManifestError
 from coldframe.extract.batches import FeatureDataset
 from coldframe.extract.specs import SpecMismatch
 from coldframe.extract.store import StoreError
+from coldframe.extract.text import TEMPLATES
 from coldframe.train_heads.checkpoint import load_checkpoint
 from coldframe.train_heads.heads.temporal_transformer import Config as TemporalConfig
 from coldframe.train_heads.pipeline import train, untrained
@@ -133,7 +134,8 @@ def test_what_cannot_be_trained_on_is_refused(store, manifest, tmp_path):
             train(store, given["manifest"], given["head"], given.get("config"), SPEC, tmp_path / "run", device="cpu")
         assert not (tmp_path / "run").exists()
 
-    attempt("nothing to train", ConfigError, head="mean_pool")
+    attempt("nothing to train.*eval zero_shot --store STORE --head mean_pool", ConfigError, head="mean_pool")
+    attempt("nothing to train.*eval few_shot --store STORE --head prototypes", ConfigError, head="prototypes")
     attempt("linear_probe", UnknownName, head="linear_prob")
     attempt("extract", SpecMismatch, head="evl_decoder")
     unlabelled = tuple(replace(r, label=None) if r.video_id == "swim/05.mp4" else r for r in manifest.records)
@@ -161,7 +163,9 @@ def test_mean_pool_works_untrained(store, manifest):
     assert predictor.logits(batch).shape == (5, 3)
     assert (predictor.head, predictor.tasks, predictor.needs) == ("mean_pool", {"classify"}, ("embedding",))
     assert (predictor.checkpoint, predictor.selection, predictor.seed) == ("", "", None)
-    with pytest.raises(ConfigError, match="trained first"):
+    assert predictor.config == {"normalise_frames": True}
+    assert predictor.templates == TEMPLATES["video"]
+    with pytest.raises(ConfigError, match=r"trained first.*train-head linear_probe --store STORE --out RUN"):
         untrained(store, manifest.class_names, "linear_probe", device="cpu")
 
 
@@ -173,6 +177,8 @@ def test_prototypes_work_untrained(store, manifest):
     logits = predictor.episode_logits(bank, support, query, class_ids)
     assert logits.dtype == np.float32
     assert logits.argmax(-1).tolist() == [[0, 1, 2]]
+    assert predictor.config["metric"] == "otam"
+    assert predictor.templates == ()
     assert not predictor.uses_class_names
     assert not predictor.is_transductive
 

@@ -2,7 +2,7 @@
 
 Source: CLIP, Radford et al. 2021, arXiv:2103.00020, §3.1 (images); frames are averaged as in CLIP4Clip's mean pooling,
     Luo et al. 2021, arXiv:2104.08860: each frame embedding has length one before the mean.
-Differs: nothing. `normalise_frames=False` averages the frames as they are, as ViFi-CLIP does.
+Differs: nothing by default; `normalise_frames=False` averages the frames as they are, as ViFi-CLIP does.
 """
 
 from __future__ import annotations

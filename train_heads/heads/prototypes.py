@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 
 import torch
 from einops import rearrange, reduce
@@ -93,8 +94,8 @@ class Prototypes(nn.Module):
     def _all_pairs(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         """Logits [V, V] of every video against every other, a block of rows at a time."""
         rows = max(1, PAIRS_AT_ONCE // len(frames))
-        masks = [None] * len(frames) if mask is None else mask.split(rows)
-        blocks = zip(frames.split(rows), masks, strict=False)
+        masks = repeat(None) if mask is None else mask.split(rows)
+        blocks = zip(frames.split(rows), masks, strict=False)  # repeat() has no end
         return torch.cat([self.metric(block, frames, block_mask, mask) for block, block_mask in blocks])
 
     def _look_up(self, logits: Tensor, support: Tensor, query: Tensor) -> Tensor:

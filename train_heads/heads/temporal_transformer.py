@@ -35,9 +35,7 @@ class Config:
     heads: int = 8
     dropout: float = 0.1
     positions: str = "matched"  # matched: inputs and positions at unit RMS | published: inputs as they are, N(0, 0.01)
-    classifier: str = (
-        "linear"  # linear | text: cosine to the class texts, so that it knows classes it was not trained on
-    )
+    classifier: str = "linear"  # linear | text: cosine to the class texts, which may be of new classes
     logit_scale: float = 1 / 0.07  # of the text classifier, fixed, as published
 
     def __post_init__(self) -> None:
@@ -68,7 +66,9 @@ class TemporalTransformer(nn.Module):
         super().__init__()
         if width % heads:
             raise ConfigError(
-                "temporal_transformer cannot share its width between its heads", seen=f"{width} over {heads}"
+                "temporal_transformer cannot share its width between its heads",
+                seen=f"{width} over {heads}",
+                fix=f"Set heads to a number that divides {width}.",
             )
         self.is_scaled = positions == "matched"
         self.logit_scale = logit_scale
