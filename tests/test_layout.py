@@ -84,14 +84,3 @@ def test_a_bare_import_of_a_stage_fails_at_once() -> None:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {stage}; {stage}.does_not_matter"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
         assert done.returncode != 0, stage
-
-
-def test_every_stage_file_has_a_test_file() -> None:
-    without = {"__init__.py", "errors.py", "predictors.py", "make.py", "facts.py", "layers.py"}
-    # tiny/make.py and facts.py are tested by test_tiny.py, layers.py by the heads that share it
-    tests = {p.name for p in (ROOT / "tests").rglob("test_*.py")}
-    plugins = {"heads", "protocols", "metrics", "datasets"}
-    for path in sources():
-        if path.name in without or path.parent.name in plugins or path.name == "cli.py":
-            continue
-        assert f"test_{path.name}" in tests, f"{path.relative_to(ROOT)} has no test file"
