@@ -34,18 +34,7 @@ HELP = """Freeze CLIP features of your videos once; train light temporal heads o
   coldframe eval closed_set --store store --checkpoint runs/evl
 """
 
-# The machine's or the user's doing, not a bug of ours: no permission, no space, a file where a folder should be.
-NOT_OURS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-}
-
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # may come without a name
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 app = typer.Typer(help=HELP, add_completion=False, **PLAIN)
@@ -148,10 +137,26 @@ def extract(
 
 
 @app.command(**about("What is in a store.", "inspect store --json"))
-def inspect(store: Annotated[Path, typer.Argument(help="The feature store.")], as_json: Json = False) -> None:
+def inspect(
+    store: Annotated[Path, typer.Argument(help="The feature store.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hold every byte to its checksum; exit code 3 if any is bad.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """What is in a store: tower, sampling, features and their size, videos, and what failed and why."""
     opened = open_store(store)
-    show(opened.stats(), opened.describe(), as_json)
+    facts, text = opened.stats(), opened.describe()
+    if verify:
+        facts["damaged"] = opened.bad_videos()
+        text += "".join(
+            f"\n  damaged  {video_id}: {', '.join(arrays)}" for video_id, arrays in facts["damaged"].items()
+        )
+        n_bad = len(facts["damaged"])
+        text += f"\n  checksums of {len(opened.ids) - n_bad:,} videos agree, of {n_bad:,} do not"
+    show(facts, text, as_json)
+    if facts.get("damaged"):
+        raise typer.Exit(3)
 
 
 @app.command(
@@ -224,7 +229,7 @@ def evaluate(
     labels = open_manifest(manifest, opened)
     overrides = [*(sets or []), *([f"metric={metric}"] if metric else [])]
     predictor = open_predictor(opened, labels, checkpoint, head, overrides, templates, device)
-    given = {"n_way": way, "n_shot": shot, "n_query": query, "n_episodes": episodes, "seed": seed}
+    given: dict[str, object] = {"n_way": way, "n_shot": shot, "n_query": query, "n_episodes": episodes, "seed": seed}
     given["episodes"] = str(episode_list) if episode_list else None
     settings = {name: value for name, value in given.items() if value is not None}
     result = score(opened, labels, predictor, protocol, settings, results, split=split)
@@ -356,8 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ColdframeError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in NOT_OURS:
-            raise
+        if error.errno is None or (error.filename is None and error.errno not in DISK):
+            raise  # nothing that names a file of the user's: a bug of ours
         fail(f"{error.strerror}: {error.filename or 'while writing'}")
 
 
@@ -426,7 +431,7 @@ def open_manifest(path: Path | None, store: FeatureStore | None = None) -> Manif
 
     if path is None and store is not None:
         return store.manifest
-    if path is None or not path.exists():
+    if path is None or not (path.is_dir() or path.is_file()):
         raise ConfigError("no such folder or manifest", seen=path, fix="Name a folder of videos, a .csv or a .parquet.")
     return from_folder(path) if path.is_dir() else Manifest.read(path)
 

@@ -124,7 +124,11 @@ def extract(
     with FeatureWriter.open(store, spec, tower.shape, asked, manifest, shard_videos=shard_videos) as writer:
         todo = writer.remaining(retry_failed=retry_failed)
         again = set(todo)
-        report.failures = {row.video_id: row.reason for row in writer.failures if row.video_id not in again}
+        report.failures = {
+            row.video_id: row.reason
+            for row in writer.failures
+            if row.video_id in manifest.by_id and row.video_id not in again
+        }
         report.n_present = report.n_videos - len(todo) - report.n_failed
         if todo:
             names = canonical_features({name for key in todo for name in writer.missing(key)}, tower.shape.layers)

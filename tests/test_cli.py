@@ -242,6 +242,27 @@ def test_a_store_that_is_not_one(run, tmp_path: Path, what: str) -> None:
     refused(run("inspect", what), what)
 
 
+def test_inspect_finds_a_flipped_bit(run, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "copy")
+    assert run("inspect", "copy", "--verify")[0] == 0
+    file = next((tmp_path / "copy" / "shards").glob("*/features.zarr/embedding/c*"))
+    damaged = bytearray(file.read_bytes())
+    damaged[5] ^= 1
+    file.write_bytes(damaged)
+    code, out, _ = run("inspect", "copy", "--verify", "--json")
+    assert code == 3
+    assert list(json.loads(out)["damaged"].values()) == [["embedding"]]
+
+
+def test_a_failed_video_that_is_taken_away_is_no_failure_any_more(run, tmp_path: Path, clip: Path) -> None:
+    (tmp_path / "videos" / "a").mkdir(parents=True)
+    shutil.copy(clip, tmp_path / "videos" / "a" / "good.mp4")
+    (tmp_path / "videos" / "a" / "bad.mp4").write_text("no video")
+    assert run("extract", "videos", "--store", "s", *TINY)[0] == 3
+    (tmp_path / "videos" / "a" / "bad.mp4").unlink()
+    assert run("extract", "videos", "--store", "s", *TINY)[0] == 0
+
+
 def test_eval_wants_one_head(run, store: Path) -> None:
     refused(run("eval", "closed_set", "--store", store), "--checkpoint", "--head")
 
