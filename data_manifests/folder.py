@@ -64,8 +64,9 @@ def from_folder(
         )
         for video_id in ids
     )
-    manifest = Manifest(top.resolve().name, absolute_root(top), class_names, records)
-    return (manifest if has_splits else draw_splits(manifest, test_fraction, val_fraction, seed)).check()
+    # Checked before splits are drawn: drawing needs names that can be encoded, and makes nothing that was right wrong.
+    manifest = Manifest(top.resolve().name, absolute_root(top), class_names, records).check()
+    return manifest if has_splits else draw_splits(manifest, test_fraction, val_fraction, seed)
 
 
 def _videos(top: Path) -> list[str]:

@@ -132,11 +132,14 @@ def _read_parquet(path: Path) -> tuple[list[Row], dict[str, Any]]:
     with path.open("rb") as file:
         try:
             table = pyarrow.parquet.read_table(file)
-        except pyarrow.ArrowException as error:
+            carried = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+            rows = [(f"row {number}", cells) for number, cells in enumerate(table.to_pylist(), start=1)]
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise ManifestError(f"{path.name} is not a readable Parquet file: {error}") from None
+    if not isinstance(carried, dict) or not isinstance(carried.get("classes", []), list):
+        raise ManifestError(f"{path.name} is not a readable Parquet file", seen=f"{carried!r} in its metadata")
     _refuse_bad_columns(table.column_names, path)
-    carried = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
-    return [(f"row {number}", cells) for number, cells in enumerate(table.to_pylist(), start=1)], carried
+    return rows, carried
 
 
 def _write_parquet(manifest: Manifest, path: Path, part: Path) -> None:

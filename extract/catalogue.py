@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..data_manifests.errors import ConfigError
-from ..data_manifests.records import Manifest
+from ..data_manifests.records import Manifest, ManifestError
 from .arrays import StoreError, item_bytes
 from .shards import Shard, VideoRow, replace_file
 from .specs import FORMAT_VERSION, FeatureSpec, TowerShape, feature_shape
@@ -90,12 +90,16 @@ class Header:
 
     def read_manifest(self, store: Path) -> Manifest:
         """The manifest of the store; raises StoreError if it is not the one that the header names."""
-        path = store / MANIFEST
+        path, fix = store / MANIFEST, "Run the same extract command again."
         if not path.is_file():
-            raise StoreError(f"{path} is missing")
-        manifest = Manifest.read(path)
+            raise StoreError(f"{path} is missing", fix=fix)
+        try:
+            manifest = Manifest.read(path)
+        except (OSError, ManifestError) as error:
+            raise StoreError(f"{path} cannot be read: {error}", fix=fix) from error
         if manifest.fingerprint != self.manifest_fingerprint:
-            raise StoreError(f"{path} was changed", seen=manifest.fingerprint, wanted=self.manifest_fingerprint)
+            wanted = self.manifest_fingerprint
+            raise StoreError(f"{path} was changed", seen=manifest.fingerprint, wanted=wanted, fix=fix)
         return manifest
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -390,13 +391,16 @@ def _centred(size: int, side: int) -> tuple[slice, slice]:
 def _digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes; raises DecodeError where there are none."""
     try:
-        size = Path(path).stat().st_size
-        with Path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        status = Path(path).stat()
+        if is_regular := stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for its writer
+            with Path(path).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise DecodeError("file is missing") from None
     except OSError as error:
         raise DecodeError(f"file cannot be read: {error.strerror}") from error
-    if size == 0:
+    if not is_regular:
+        raise DecodeError("not a regular file")
+    if status.st_size == 0:
         raise DecodeError("empty file")
     return digest

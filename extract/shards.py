@@ -31,6 +31,7 @@ from .arrays import ArrayFile, StoreError, checksum, write_arrays
 
 _NAME = re.compile(r"(\d{5,})-[0-9a-f]{8}")
 _TORN = ".tmp-"
+_TORN_NAME = re.compile(re.escape(_TORN) + r"(.+)-(\d{1,9})-\d+")  # host, pid, number
 _GROUP, _TABLE, _SUM = "features.zarr", "videos.parquet", "crc32c."
 _COLUMNS = {
     "video_id": pa.string(),
@@ -109,6 +110,8 @@ class Shard:
             if array.n_frames != self.first_frame[-1]:
                 raise StoreError("another number of frames", seen=array.n_frames, wanted=self.first_frame[-1])
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # the system's word, not ours
+                raise StoreError(f"array {name} of shard {self.path} cannot be read: {error.strerror}") from error
             ids = [row.video_id for row in self.rows if row.is_ok]
             more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
             raise StoreError(
@@ -165,8 +168,10 @@ def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Map
 def remove_torn(folder: Path) -> None:
     """Delete what dead writers left half-written; one that may be alive keeps its folder."""
     for path in folder.glob(f"{_TORN}*"):
-        host, pid, _ = path.name.removeprefix(_TORN).rsplit("-", 2)
-        if host == socket.gethostname() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+        name = _TORN_NAME.fullmatch(path.name)
+        if name is None or name[1] != socket.gethostname():
+            continue
+        if (pid := int(name[2])) == os.getpid() or not _is_alive(pid):
             shutil.rmtree(path)
 
 

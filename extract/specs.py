@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -155,7 +156,7 @@ def canonical_feature(name: str, layers: int) -> str:
     kind, _, layer = name.partition(".")
     if name in ("embedding", "pixels"):
         return name
-    if kind in ("tokens", "cls") and layer.removeprefix("-").isdigit():
+    if kind in ("tokens", "cls") and re.fullmatch("-?[0-9]{1,9}", layer):
         k = int(layer)
         k = k + layers + 1 if k < 0 else k
         if 0 <= k <= layers:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def encode_classes(
         tower: whose texts these are.
         class_names: as datasets spell them (`ApplyEyeMakeup`, `brush_hair`); see `readable`.
         templates: sentences with `{}` where the name goes, or the name of a set in TEMPLATES.
-        cache_dir: where embeddings are kept between runs; a damaged file there is made anew.
+        cache_dir: where embeddings are kept between runs; a damaged file there is made anew,
+            and where nothing can be written nothing is kept.
 
     Raises:
         UnknownName: no template set of that name.
@@ -167,8 +169,14 @@ def _read(path: Path, identity: str) -> Tensor | None:
 
 
 def _write(path: Path, identity: str, embedding: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keep an embedding where that is possible; a folder that is full or read-only costs time, not the run."""
     ours = path.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole, so that no reader meets half a file
     kept = {"embedding": embedding.cpu().contiguous()}
-    save_file(kept, ours, metadata={"identity": identity, "sha256": weights_sha256(kept)})
-    ours.replace(path)
+    metadata = {"identity": identity, "sha256": weights_sha256(kept)}
+    with suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(kept, ours, metadata=metadata)
+            ours.replace(path)
+        finally:
+            ours.unlink(missing_ok=True)

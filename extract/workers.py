@@ -31,11 +31,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data_manifests.errors import ConfigError
 from .frames import DecodedVideo, DecodeError, decode
 from .specs import FrameSpec, TransformSpec
 
 _SPAWN = multiprocessing.get_context("spawn")  # decord does not survive a fork (decord #220)
 _START_UP_S = 120.0  # to import the decoders from a slow disk
+_LONGEST_WAIT_S = 3600.0  # at a stretch: the system takes no infinity
 _FAREWELL_S = 5.0  # between a process's last word and its exit code
 _STILLBORN = 3  # the environment is broken; fewer may have been killed for want of memory
 _IN_SLOT = np.empty(0, np.uint8)  # stands for pixels that lie in shared memory
@@ -74,10 +76,15 @@ class DecodePool:
 
         Args:
             workers: processes, of one thread each; 0 decodes in this process, without any protection.
-            timeout_s: time limit of one attempt at one video, whatever its length.
+            timeout_s: time limit of one attempt at one video, whatever its length; inf is no limit.
             ahead: videos that a worker holds at a time: the one in work, and those waiting.
             decode: must be importable by its name; it runs in the workers.
+
+        Raises:
+            ConfigError: a time limit that is not more than 0.
         """
+        if not timeout_s > 0:  # NaN is not
+            raise ConfigError("a video needs some time", seen=f"timeout_s={timeout_s}", wanted="more than 0 seconds")
         self.decoding_s = 0.0
         self.waiting_s = 0.0
         self._frames = frames
@@ -94,6 +101,7 @@ class DecodePool:
         side = self._transform.size_px
         shape = (self._n_workers, self._ahead, self._frames.n_frames, 3, side, side)
         if self._n_workers:
+            _fill_standard_descriptors()
             # One anonymous file, unlinked at birth: nothing is left behind however a process dies, and where
             # /dev/shm is too small for all slots the standard library takes the folder of temporary files.
             memory: Any = _SPAWN.RawArray(c_uint8, math.prod(shape))
@@ -149,7 +157,7 @@ class DecodePool:
         """Wait until something happens; bury workers that crashed or ran out of time."""
         began = time.monotonic()
         deadline = min(worker.deadline_s(self._timeout_s) for worker in busy)
-        wait([worker.pipe for worker in busy], timeout=max(0.0, deadline - began))
+        wait([worker.pipe for worker in busy], timeout=min(max(0.0, deadline - began), _LONGEST_WAIT_S))
         self.waiting_s += time.monotonic() - began
 
         answers: list[tuple[str, DecodedVideo | Failure]] = []
@@ -282,6 +290,13 @@ class _Worker:
                 self._words = (self._words + heard)[-4096:]
 
 
+def _fill_standard_descriptors() -> None:
+    """Leave none of 0, 1 and 2 closed: a pipe would take its number, and a worker would write its noise there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 @contextmanager
 def _sheltered() -> Iterator[None]:
     """Start a process that Ctrl-C does not reach, and that does not run the user's script again.
@@ -312,8 +327,8 @@ def _serve(
     """Be a worker process: decode tasks until the parent closes the pipe, or dies."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.set_blocking(noise.fileno(), False)  # what nobody reads is dropped, never waited for
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(noise.fileno(), stream.fileno())
+    for descriptor in (1, 2):  # not sys.stdout and sys.stderr, which may be closed
+        os.dup2(noise.fileno(), descriptor)
     slots = np.frombuffer(memory, np.uint8).reshape(shape)[number]  # [ahead, T, 3, S, S]
     while True:
         try:

@@ -269,23 +269,34 @@ def _new_header(
 ) -> Header:
     """The header that a store shall have; refuses one that cannot go on as this spec or this manifest."""
     asked, created_at = names, datetime.now(UTC).isoformat(timespec="seconds")
-    if (path / HEADER).exists():
-        stored = Header.read(path)
+    stored = Header.read(path) if (path / HEADER).exists() else None
+    if stored and catalogue.shards:  # a store without a shard is bound to nothing
         stored.spec.expect(spec, f"the store {path}")
-        _refuse_other_videos(stored.read_manifest(path), manifest, catalogue)
+        _refuse_other_videos(_manifest_of(path, stored), manifest, catalogue)
         asked, created_at = canonical_features((*stored.features, *names), shape.layers), stored.created_at
     return Header(spec, shape, asked, manifest.fingerprint, created_at, f"coldframe {version('coldframe')}")
 
 
-def _refuse_other_videos(stored: Manifest, given: Manifest, catalogue: Catalogue) -> None:
+def _manifest_of(path: Path, header: Header) -> Manifest | None:
+    """The manifest of a store, or None where it is lost: a writer may have died between manifest and header."""
+    try:
+        return header.read_manifest(path)
+    except StoreError:
+        return None
+
+
+def _refuse_other_videos(stored: Manifest | None, given: Manifest, catalogue: Catalogue) -> None:
     """Refuse a manifest under which features of the store would be of no video, or of another part of it."""
 
-    def part(manifest: Manifest, video_id: str) -> object:
-        record = manifest.by_id.get(video_id)
-        return record and (record.start_s, record.end_s)
+    def is_another(video_id: str) -> bool:
+        new = given.by_id.get(video_id)
+        if new is None or stored is None:
+            return new is None
+        old = stored.by_id.get(video_id)
+        return old is None or (old.start_s, old.end_s) != (new.start_s, new.end_s)
 
     ok = sorted(row.video_id for row in catalogue.rows() if row.is_ok)
-    if others := [video_id for video_id in ok if part(stored, video_id) != part(given, video_id)]:
+    if others := [video_id for video_id in ok if is_another(video_id)]:
         raise StoreError(
             f"{len(others)} videos of the store are not in the manifest {given.name}, or at other times",
             seen=listed(others),

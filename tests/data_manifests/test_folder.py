@@ -193,3 +193,12 @@ def test_real_clips(shared: Path) -> None:
     }
     assert {r.split for r in made.records} == {"train", "val", "test"}
     assert made.missing_files() == []
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.mp4", "a/2.mp4", "a/3.mp4")
+    try:
+        (tmp_path / "a" / os.fsdecode(b"\xff.mp4")).touch()
+    except OSError as error:
+        pytest.skip(f"this file system has no such names: {error}")
+    assert r"unusable text" in refusal(tmp_path)

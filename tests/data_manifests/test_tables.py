@@ -229,3 +229,20 @@ def test_a_table_of_another_kind_is_refused_by_its_columns(shared: Path) -> None
     if not path.is_file():
         pytest.skip(f"no real clips at {path}")
     assert "'dataset'" in refusal(path)
+
+
+@pytest.mark.parametrize("carried", [b"{", b"[]", b"\xff", b'{"classes": 3}'])
+def test_a_parquet_with_damaged_metadata_is_refused(tmp_path: Path, carried: bytes) -> None:
+    path = tmp_path / "m.parquet"
+    written = pyarrow.table({"path": ["a.mp4"]}).replace_schema_metadata({b"coldframe": carried})
+    pyarrow.parquet.write_table(written, path)
+    assert "m.parquet is not a readable Parquet file" in refusal(path)
+
+
+def test_a_damaged_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    awkward(tmp_path).write(path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-30], whole[:4] + bytes(len(whole) // 4) + whole[4 + len(whole) // 4 :]):
+        path.write_bytes(damaged)
+        assert "\n" not in refusal(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
@@ -243,7 +244,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "reason"),
     [
         ("absent.mp4", "file is missing"),
-        ("folder", "file cannot be read: Is a directory"),
+        ("folder", "not a regular file"),
         ("empty.mp4", "empty file"),
         ("text.txt", "not a video: FFmpeg would draw the text"),
         ("text.mp4", "not a video"),
@@ -412,3 +413,10 @@ def test_real_files(shared: Path, name: str) -> None:
     assert len(pictures) == n_source
     for crop, index in zip(video.pixels, video.indices, strict=True):
         np.testing.assert_array_equal(crop, resize_and_crop(pictures[index], transform))
+
+
+def test_what_is_not_a_regular_file_is_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", tmp_path, Path("/dev/zero")):
+        with pytest.raises(DecodeError, match=r"^not a regular file$"):
+            decode(path, FrameSpec(), SQUASH)

@@ -191,3 +191,24 @@ def test_a_file_is_replaced_or_stays(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no"):
         replace_file(path, fails)
     assert path.read_text() == "one"
+
+
+def test_a_folder_that_no_writer_named_is_left_alone(tmp_path: Path) -> None:
+    for name in (".tmp-foo", ".tmp-a-b-c", f".tmp-{socket.gethostname()}-{'9' * 30}-00001"):
+        (tmp_path / name).mkdir()
+    remove_torn(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_an_array_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    shard = write_shard(tmp_path, 0, ROWS, ARRAYS)
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(StoreError, match=rf"cannot be read: {os.strerror(code)}$"):
+        shard.array("x")

@@ -69,7 +69,17 @@ def test_layers_count_from_either_end() -> None:
         "tokens.2",
         "tokens.12",
     )
-    for name in ("tokens.13", "tokens.-14", "tokens", "patches.1", "cls.x"):
+    for name in (
+        "tokens.13",
+        "tokens.-14",
+        "tokens",
+        "patches.1",
+        "cls.x",
+        "cls.²",
+        "cls.١",
+        "cls.--1",
+        "cls." + "1" * 5000,
+    ):
         with pytest.raises(UnknownName):
             canonical_feature(name, 12)
 

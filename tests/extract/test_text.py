@@ -156,3 +156,15 @@ def test_a_file_of_other_classes_under_the_same_name_is_not_believed(
     right = encode_classes(tower, NAMES, "photo", tmp_path)
     assert not torch.equal(right.embedding, wrong.embedding)
     assert counted == [3, 3, 3]
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tower: Tower, counted: list[int], tmp_path: Path) -> None:
+    wanted = encode_classes(tower, NAMES, "photo", tmp_path / "text").embedding
+    (file,) = (tmp_path / "text").iterdir()
+    file.unlink()
+    file.mkdir()  # EISDIR
+    (tmp_path / "file").touch()  # ENOTDIR
+    for folder in (tmp_path / "text", tmp_path / "file"):
+        assert torch.equal(encode_classes(tower, NAMES, "photo", folder).embedding, wanted)
+    assert list((tmp_path / "text").iterdir()) == [file]
+    assert counted == [3, 3, 3]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coldframe.data_manifests.errors import ConfigError
 from coldframe.extract.frames import decode, write_video
 from coldframe.extract.specs import FrameSpec, TransformSpec
 from coldframe.extract.workers import DecodePool, Failure
@@ -231,3 +232,34 @@ def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan")])
+def test_a_time_limit_of_nothing_is_refused(timeout_s: float) -> None:
+    with pytest.raises(ConfigError, match="expected more than 0 seconds"):
+        DecodePool(FRAMES, TRANSFORM, timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e12])
+def test_no_time_limit(faulty: ModuleType, timeout_s: float) -> None:
+    with DecodePool(FRAMES, TRANSFORM, workers=1, timeout_s=timeout_s, decode=faulty.decode) as pool:
+        assert run(pool, ["slow"])["slow"].decoder == "auto"
+
+
+def test_closed_standard_streams_are_no_hindrance(faulty: ModuleType, tmp_path: Path) -> None:
+    code = """
+import os, sys
+os.closerange(0, 3)
+sys.stdin = sys.stdout = sys.stderr = None
+sys.path.insert(0, sys.argv[1])
+from coldframe.extract.specs import FrameSpec, TransformSpec
+from coldframe.extract.workers import DecodePool
+import faulty_decoder
+frames, transform = FrameSpec(n_frames=2), TransformSpec(16, (0.5,) * 3, (0.5,) * 3)
+with DecodePool(frames, transform, workers=1, timeout_s=30, decode=faulty_decoder.decode) as pool:
+    (answer,) = pool.decode([("key", "noise", None, None)])
+with open(sys.argv[1] + "/answer", "w") as file:
+    file.write(answer[1].decoder)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    assert (tmp_path / "answer").read_text() == "auto"

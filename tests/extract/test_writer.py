@@ -298,3 +298,28 @@ def test_folders_are_made(toy, tmp_path: Path) -> None:
     deep = tmp_path / "a" / "b" / "store"
     FeatureWriter.open(str(deep), toy.spec(), toy.shape, ["embedding"], toy.manifest(IDS)).close()
     assert FeatureStore.open(str(deep)).ids == ()
+
+
+@pytest.mark.parametrize("damage", ["missing", "unreadable", "of a killed run"])
+def test_a_lost_manifest_is_replaced_by_the_given_one(toy, damage: str) -> None:
+    toy.write(IDS[:3])
+    path = toy.path / "manifest.parquet"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "unreadable":
+        path.write_bytes(path.read_bytes()[:-30])
+    else:
+        toy.manifest(IDS).write(path)
+    with pytest.raises(StoreError, match=r"Run the same extract command again\.$"):
+        _ = FeatureStore.open(toy.path).manifest
+    with pytest.raises(StoreError, match="1 videos of the store are not in the manifest"):
+        toy.open(IDS[1:], ["embedding"])
+    toy.open(IDS, ["embedding"]).close()
+    store = FeatureStore.open(toy.path)
+    assert (store.manifest, store.ids) == (toy.manifest(IDS), tuple(IDS[:3]))
+
+
+def test_a_store_without_a_shard_is_bound_to_no_spec(toy) -> None:
+    toy.open(IDS, ["embedding"]).close()
+    store = toy.write(IDS[:2], ["cls.1"], dtype="float32")
+    assert (store.spec, store.ids) == (toy.spec("float32"), tuple(IDS[:2]))
