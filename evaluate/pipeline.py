@@ -49,7 +49,7 @@ def evaluate(
         ConfigError: an unknown or impossible setting, or a head that cannot do what the protocol asks.
         SpecMismatch: the store lacks a feature, or the head does not know the manifest's classes.
         ManifestError: the split has no labelled video.
-        StoreError: none of the split's videos is in the store.
+        StoreError: none of the split's videos is in the store, or scores are not finite numbers.
     """
     started = time.perf_counter()
     name = protocol.replace("-", "_")
@@ -146,6 +146,8 @@ def _notes(predictor: Predictor, manifest: Manifest, split: str, videos: Videos)
         yield f"{n_unlabelled} videos have no label and are not counted"
     if predictor.selection and predictor.selection == split:
         yield f"the head's epoch was chosen on {split}, on which it is scored: too good by an unknown amount"
+    if predictor.manifest_fingerprint == manifest.fingerprint and split in ("train", "all"):
+        yield "scored on videos it was trained on"
     if predictor.manifest_fingerprint not in ("", manifest.fingerprint):
         yield "the head was trained on another manifest: that none of these videos was in it is not checked"
 

@@ -390,6 +390,7 @@ def _centred(size: int, side: int) -> tuple[slice, slice]:
 
 def _digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes; raises DecodeError where there are none."""
+    digest = ""
     try:
         status = Path(path).stat()
         if is_regular := stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for its writer

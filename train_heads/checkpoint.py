@@ -126,8 +126,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
         commit=code_commit(),
         versions=code_versions(),
     )
-    _replace(folder / WEIGHTS, data)
-    _replace(folder / DESCRIPTION, json.dumps(checkpoint.to_json(), indent=1, ensure_ascii=False).encode())
+    write_whole(folder / WEIGHTS, data)
+    write_whole(folder / DESCRIPTION, json.dumps(checkpoint.to_json(), indent=1, ensure_ascii=False).encode())
     return checkpoint
 
 
@@ -158,7 +158,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Keep what an unfinished run needs to go on; replaces the last state in one step."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    _replace(folder / STATE, buffer.getbuffer())
+    write_whole(folder / STATE, buffer.getbuffer())
 
 
 def read_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
@@ -248,7 +248,7 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
     return f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
 
 
-def _replace(path: Path, data: bytes | memoryview) -> None:
+def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole, on the disk before it takes its name."""
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as file:

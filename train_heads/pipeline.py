@@ -29,6 +29,7 @@ from .checkpoint import (
     remove_state,
     save_checkpoint,
     trained_tensors,
+    write_whole,
 )
 from .heads import find
 from .loop import fit
@@ -79,11 +80,13 @@ def train(
     needs = needed_features(head, config, store)
     store.require(needs, wanted_by=head)
     videos = _videos(store, manifest, needs, spec)
-    if _enter(out, _settings(store, manifest, head, config, spec, templates)):
+    described = _settings(store, manifest, head, config, spec, templates)
+    if _is_finished(out, described):
         return load_checkpoint(out)
 
     found = find_device(device)
     module, text = build_head(head, config, store, manifest.class_names, templates, found, spec.seed)
+    _begin(out, described)  # only now: a head that cannot be built leaves no folder that refuses the corrected one
     fitted = fit(
         module,
         videos.train,
@@ -220,21 +223,35 @@ def _settings(
     )
 
 
-def _enter(folder: Path, settings: str) -> bool:
-    """Open the folder of a run; whether the same run has already ended in it.
+def _is_finished(folder: Path, settings: str) -> bool:
+    """Whether this very run has already ended in a folder; writes nothing.
 
     Raises:
         ConfigError: the folder holds something else.
     """
-    path = folder / SETTINGS
-    if path.exists():
-        _expect_same(folder, tomllib.loads(path.read_text(encoding="utf-8")), tomllib.loads(settings))
+    ours = tomllib.loads(settings)
+    begun = _begun(folder / SETTINGS)
+    if ours.keys() <= begun.keys():
+        _expect_same(folder, begun, ours)
         return is_finished(folder)
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+    if folder.is_file() or (folder.exists() and any(not path.name.startswith(SETTINGS) for path in folder.iterdir())):
         raise ConfigError(f"{folder} holds something that is no run", fix="Choose another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(settings, encoding="utf-8")
     return False
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """The settings of a run that has begun; nothing where they are absent or were cut off while being written."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return {}
+
+
+def _begin(folder: Path, settings: str) -> None:
+    """Write the settings of a run; those of one that goes on stay as they are."""
+    if not tomllib.loads(settings).keys() <= _begun(folder / SETTINGS).keys():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / SETTINGS, settings.encode())
 
 
 def _expect_same(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ class TrainSpec:
             ("min_lr_ratio", 0, 1),
             ("label_smoothing", 0, 1),
             ("clip_norm", 0, math.inf),
-            ("seed", 0, math.inf),
+            ("seed", 0, 2**63 - 1),
             ("patience", 0, math.inf),
         ):
             value = getattr(self, name)

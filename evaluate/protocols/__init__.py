@@ -16,6 +16,7 @@ from ...data_manifests.errors import UnknownName
 from ...data_manifests.records import Manifest
 from ...extract.batches import FeatureDataset
 from ...extract.specs import SpecMismatch
+from ...extract.store import StoreError
 from ..intervals import Estimate
 
 
@@ -98,6 +99,21 @@ def class_columns(scored: Sequence[str], wanted: Sequence[str], head: str) -> ND
             fix="Use the manifest it was trained on, or a head that reads class names.",
         )
     return np.array([column[name] for name in wanted], dtype=np.int64)
+
+
+def require_finite(scores: NDArray[np.float32], ids: NDArray[np.str_], head: str) -> None:
+    """Refuse scores [..., C] of videos [...] of which one is infinite or no number: no rank follows from them.
+
+    Raises:
+        StoreError: as damaged features are what they usually come from.
+    """
+    broken = np.unique(ids[~np.isfinite(scores).all(axis=-1)])
+    if len(broken):
+        raise StoreError(
+            f"{head} gave scores that are not finite numbers to {len(broken)} videos",
+            seen=f"for example {broken[0]}",
+            fix="The store's bytes may be damaged: coldframe inspect STORE --verify",
+        )
 
 
 def n_seen(seen: Sequence[str], wanted: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from ...extract.specs import SpecMismatch
 from ..intervals import Estimate, share
 from ..metrics import best_class, class_accuracy, confusion, top_k_hits
 from ..predictors import Classifier
-from . import Outcome, ProtocolSpec, Videos, class_columns
+from . import Outcome, ProtocolSpec, Videos, class_columns, require_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ def run(predictor: Classifier, videos: Videos, config: Config) -> Outcome:
 
     Raises:
         SpecMismatch: the head does not score one of the manifest's classes.
+        StoreError: scores are not finite numbers.
     """
     class_names = videos.manifest.class_names
     columns = class_columns(predictor.class_names, class_names, predictor.head)
@@ -59,7 +60,7 @@ def run(predictor: Classifier, videos: Videos, config: Config) -> Outcome:
         estimates=estimates,
         n=len(ids),
         unit="videos",
-        notes=tuple(_notes(predictor, videos, scores, labels)),
+        notes=tuple(_notes(predictor, videos, labels)),
         details={
             "class_names": np.array(predictor.class_names),
             "video_ids": np.array(ids),
@@ -81,7 +82,9 @@ def _scores(predictor: Classifier, videos: Videos, batch_size: int) -> tuple[NDA
         wanted = (len(batch), len(predictor.class_names))
         if scores[-1].shape != wanted:
             raise SpecMismatch(f"{predictor.head} gave scores of another shape", seen=scores[-1].shape, wanted=wanted)
-    return np.concatenate(scores), ids
+    every_score = np.concatenate(scores)
+    require_finite(every_score, np.array(ids), predictor.head)
+    return every_score, ids
 
 
 def _estimates(
@@ -92,11 +95,10 @@ def _estimates(
     return estimates | {"mean_class": share(hits["top_1"], class_weights, groups)}
 
 
-def _notes(predictor: Classifier, videos: Videos, scores: NDArray[np.float32], labels: NDArray[np.int64]) -> list[str]:
+def _notes(predictor: Classifier, videos: Videos, labels: NDArray[np.int64]) -> list[str]:
     n_known, n_wanted = len(predictor.class_names), len(videos.manifest.class_names)
     n_empty = n_wanted - len(np.unique(labels))
     groups = videos.groups_of(videos.dataset.ids)
-    n_broken = int(np.isnan(scores).any(axis=1).sum())
     notes = []
     if n_known > n_wanted:
         notes.append(f"the head tells {n_known} classes apart, of which the manifest has {n_wanted}")
@@ -104,8 +106,6 @@ def _notes(predictor: Classifier, videos: Videos, scores: NDArray[np.float32], l
         notes.append(_on_groups(len(set(groups))))
     if n_empty:
         notes.append(f"{n_empty} of {n_wanted} classes have no video here; mean_class is over the others")
-    if n_broken:
-        notes.append(f"{n_broken} videos have scores that are not numbers, which count against the head")
     return notes
 
 

@@ -23,7 +23,7 @@ from ...extract.specs import SpecMismatch
 from ..intervals import over_classes, over_episodes
 from ..metrics import best_class
 from ..predictors import EpisodeScorer
-from . import Outcome, ProtocolSpec, Videos, class_columns, n_seen
+from . import Outcome, ProtocolSpec, Videos, class_columns, n_seen, require_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ def run(predictor: EpisodeScorer, videos: Videos, config: Config) -> Outcome:
         ConfigError: such episodes cannot be, or there is no such stored list.
         ManifestError: the split has too few classes or videos for them, or the stored list is damaged.
         SpecMismatch: the stored list is of other videos or labels, or the head does not know a class by name.
+        StoreError: scores are not finite numbers.
     """
     class_names = videos.manifest.class_names
     columns = np.arange(len(class_names))
@@ -107,6 +108,7 @@ def _accuracy(
     wanted = (*query.shape, spec.n_way)
     if scores.shape != wanted:
         raise SpecMismatch(f"{predictor.head} gave scores of another shape", seen=scores.shape, wanted=wanted)
+    require_finite(scores, np.array(episodes.bank_ids)[query], predictor.head)
     right = np.repeat(np.arange(spec.n_way), spec.n_query)  # [Q]
     return (best_class(scores) == right).mean(axis=1)
 

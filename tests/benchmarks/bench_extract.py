@@ -2,7 +2,7 @@
 
 Where decoding and encoding share cores the sum of the two is the floor; where they do not, the slower of the two.
 
-    python tests/benchmarks/bench_extract.py [--videos 24] [--model ViT-B-16] [--workers 2] [--repeats 3]
+    python tests/benchmarks/bench_extract.py [--videos 16] [--model ViT-B-16] [--workers 2] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FEATURES = ("embedding", "cls.-1", "tokens.-1")
 def main() -> None:
     """Write clips like Kinetics' (340 × 256, 10 s at 25 frames/s), time the three in turns, print the line."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--videos", type=int, default=24)
+    options.add_argument("--videos", type=int, default=16)
     options.add_argument("--model", default="ViT-B-16")
     options.add_argument("--device", default="auto")
     options.add_argument("--precision", default="fp32")

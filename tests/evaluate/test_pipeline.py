@@ -157,6 +157,14 @@ def test_a_split_that_chose_the_epoch_is_told(store: FeatureStore) -> None:
     assert any("epoch was chosen on test" in note for note in result.notes)
 
 
+def test_training_videos_that_are_scored_are_told(store: FeatureStore) -> None:
+    notes = {split: evaluate(store, MANIFEST, Head(), "closed_set", split=split).notes for split in ("train", "all")}
+    assert all("scored on videos it was trained on" in told for told in notes.values())
+    elsewhere = Head(manifest_fingerprint="f" * 16)
+    told = evaluate(store, MANIFEST, elsewhere, "closed_set", split="train").notes
+    assert "scored on videos it was trained on" not in told
+
+
 def test_an_untrained_head_has_nothing_to_tell(store: FeatureStore) -> None:
     head = Head(checkpoint="", manifest_fingerprint="", selection="", seed=None)
     result = evaluate(store, MANIFEST, head, "zero_shot", split="train")

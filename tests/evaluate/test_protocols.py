@@ -16,6 +16,7 @@ from coldframe.data_manifests.records import Manifest, VideoRecord
 from coldframe.evaluate.protocols import Outcome, Videos, closed_set, few_shot, find, names, zero_shot
 from coldframe.extract.batches import FeatureBatch
 from coldframe.extract.specs import SpecMismatch
+from coldframe.extract.store import StoreError
 
 CLASSES = ("wave", "jump", "run", "high_five", "sit", "stand", "clap")
 
@@ -241,10 +242,10 @@ def test_one_group_of_all_videos_is_told_as_one() -> None:
     assert outcome.notes == ("all videos are of one group: the interval is as wide as for one video",)
 
 
-def test_scores_that_are_not_numbers_are_counted_wrong_and_told() -> None:
-    outcome = scored([[float("nan"), 0, 0], [0, 9, 0], [0, 0, 9]], [0, 1, 2])
-    assert outcome.estimates["top_1"].value == pytest.approx(2 / 3)
-    assert any("1 videos have scores that are not numbers" in note for note in outcome.notes)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused(broken: float) -> None:
+    with pytest.raises(StoreError, match=r"to 2 videos.*coldframe inspect STORE --verify"):
+        scored([[broken, 0, 0], [0, 9, 0], [0, 0, broken]], [0, 1, 2])
 
 
 # Zero-shot.
@@ -314,16 +315,28 @@ def test_another_seed_draws_other_episodes() -> None:
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-@pytest.mark.parametrize("broken", [0.0, float("nan")])
-def test_equal_scores_go_to_the_first_way_and_are_chance(broken: float) -> None:
+def test_equal_scores_go_to_the_first_way_and_are_chance() -> None:
     class Constant(Head):
         def episode_logits(
             self, bank: FeatureBatch, support: np.ndarray, query: np.ndarray, class_ids: np.ndarray
         ) -> np.ndarray:
-            return np.full((len(support), 6, 3), broken)
+            return np.zeros((len(support), 6, 3))
 
     outcome = few_shot.run(Constant(), toy_videos(8), FEW)
     assert outcome.details["accuracy"] == pytest.approx(np.full(200, 1 / 3))
+
+
+def test_episode_scores_that_are_not_finite_are_refused() -> None:
+    class Broken(Head):
+        def episode_logits(
+            self, bank: FeatureBatch, support: np.ndarray, query: np.ndarray, class_ids: np.ndarray
+        ) -> np.ndarray:
+            scores = np.zeros((len(support), 6, 3))
+            scores[4, 2, 1] = np.nan
+            return scores
+
+    with pytest.raises(StoreError, match=r"to 1 videos.*coldframe inspect STORE --verify"):
+        few_shot.run(Broken(), toy_videos(8), FEW)
 
 
 def test_features_that_say_nothing_are_chance() -> None:

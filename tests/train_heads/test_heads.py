@@ -56,7 +56,7 @@ def test_find_takes_a_module_of_your_own(tmp_path, monkeypatch):
     (tmp_path / "mine" / "empty.py").write_text("")
     (tmp_path / "mine" / "broken.py").write_text("import no_such_library_at_all\n")
     assert find("mine.good") is find("mean_pool")
-    for name in ("mine.absent", "no_such.thing", "mine.empty"):
+    for name in ("mine.absent", "no_such.thing", "mine.empty", ".mine", "mine..good", "mine.", "./mine.py"):
         with pytest.raises(UnknownName):
             find(name)
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
@@ -75,6 +75,13 @@ def test_find_takes_a_module_of_your_own(tmp_path, monkeypatch):
         ("prototypes", {"shots": "sum"}),
         ("prototypes", {"lam": 0.0}),
         ("prototypes", {"feature": "tokens.2"}),
+        ("attentive_pool", {"heads": 0}),
+        ("attentive_pool", {"dropout": 1.0}),
+        ("temporal_transformer", {"heads": -1}),
+        ("temporal_transformer", {"dropout": float("nan")}),
+        ("evl_decoder", {"dropout": -0.1}),
+        ("evl_decoder", {"mlp_ratio": 0}),
+        ("evl_decoder", {"qkv_dim": 0}),
     ],
 )
 def test_impossible_settings_are_refused(name, settings):
@@ -84,7 +91,7 @@ def test_impossible_settings_are_refused(name, settings):
 
 @pytest.mark.parametrize("name", ["attentive_pool", "temporal_transformer"])
 def test_a_width_that_does_not_divide_is_refused(name):
-    with pytest.raises(ConfigError, match="share its width"):
+    with pytest.raises(ConfigError, match=r"share its width.*Set heads to a number that divides"):
         build(name, heads=5)
 
 

@@ -98,6 +98,27 @@ def test_a_folder_of_another_run_is_refused(store, manifest, tmp_path):
         train(store, manifest, "linear_probe", spec=SPEC, out=store.path, device="cpu")
 
 
+def test_a_start_that_failed_does_not_refuse_the_corrected_one(store, manifest, tmp_path):
+    run, once = tmp_path / "run", replace(SPEC, epochs=1)
+    with pytest.raises(ConfigError, match="share its width"):
+        train(store, manifest, "temporal_transformer", TemporalConfig(heads=7), once, run, device="cpu")
+    assert not run.exists()
+    train(store, manifest, "temporal_transformer", TemporalConfig(heads=2), once, run, device="cpu")
+    assert load_checkpoint(run).config.heads == 2
+
+
+@pytest.mark.parametrize("left", ["", "# made by", '[head]\nname = "line'])
+def test_settings_that_were_cut_off_are_no_run(store, manifest, tmp_path, left):
+    path = tmp_path / "settings.toml"
+    path.write_text(left)
+    path.with_name("settings.toml.part").write_text(left)
+    train(store, manifest, "linear_probe", spec=replace(SPEC, epochs=1), out=tmp_path, device="cpu")
+    assert tomllib.loads(path.read_text())["head"]["name"] == "linear_probe"
+    path.write_text(left)
+    with pytest.raises(ConfigError, match="no run"):  # beside a checkpoint, they may be of any run
+        train(store, manifest, "linear_probe", spec=replace(SPEC, epochs=1), out=tmp_path, device="cpu")
+
+
 def test_the_test_split_is_not_read(store, manifest, tmp_path, monkeypatch):
     seen = set()
     gather = type(store).gather
@@ -219,6 +240,7 @@ def test_defaults_file_and_command_line_in_that_order(tmp_path):
         (["decay_all=1"], ConfigError, "true or false"),
         (["classifier=cosine"], ConfigError, "linear or text"),
         (["lr=-1"], ConfigError, "impossible lr"),
+        ([f"seed={2**63}"], ConfigError, "impossible seed"),
     ],
 )
 def test_misspelt_and_impossible_settings_are_refused(sets, error, match):

@@ -20,7 +20,7 @@ def find(name: str) -> HeadSpec:
     Raises:
         UnknownName: no such head, or a module that cannot be found or has no HEAD.
     """
-    if "." in name:
+    if "." in name and all(part.isidentifier() for part in name.split(".")):
         return _find_elsewhere(name)
     if name not in names():
         raise UnknownName("head", name, names())

@@ -33,13 +33,17 @@ class Config:
     dropout: float = 0.1  # on the pooled vector
 
     def __post_init__(self) -> None:
-        """Refuse features that are not vectors."""
+        """Refuse features that are not vectors, and impossible numbers."""
         if self.feature.partition(".")[0] not in ("tokens", "cls", "embedding"):
             raise ConfigError(
                 "attentive_pool reads vectors",
                 seen=f"feature={self.feature!r}",
                 wanted="tokens.<k>, cls.<k> or embedding",
             )
+        if self.heads < 1:
+            raise ConfigError("impossible heads", seen=self.heads, wanted="at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("impossible dropout", seen=self.dropout, wanted="at least 0 and below 1")
 
 
 class AttentivePool(nn.Module):
@@ -48,7 +52,11 @@ class AttentivePool(nn.Module):
     def __init__(self, feature: str, width: int, n_classes: int, heads: int, dropout: float) -> None:
         super().__init__()
         if width % heads:
-            raise ConfigError("attentive_pool cannot share its width between its heads", seen=f"{width} over {heads}")
+            raise ConfigError(
+                "attentive_pool cannot share its width between its heads",
+                seen=f"{width} over {heads}",
+                fix=f"Set heads to a number that divides {width}.",
+            )
         self.feature, self.heads = feature, heads
         self.query = nn.Parameter(torch.zeros(heads, width))
         self.value = nn.Linear(width, width)

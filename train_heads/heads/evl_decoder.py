@@ -54,6 +54,12 @@ class Config:
         """Refuse what cannot be built."""
         if self.n_layers < 1:
             raise ConfigError("a decoder has at least one layer", seen=f"n_layers={self.n_layers}")
+        if self.mlp_ratio < 1:
+            raise ConfigError("impossible mlp_ratio", seen=self.mlp_ratio, wanted="at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("impossible dropout", seen=self.dropout, wanted="at least 0 and below 1")
+        if self.qkv_dim is not None and self.qkv_dim < 1:
+            raise ConfigError("impossible qkv_dim", seen=self.qkv_dim, wanted="at least 1")
         if self.positions not in POSITION_STD:
             raise ConfigError("no such draw of positions", seen=self.positions, wanted=" or ".join(POSITION_STD))
         if self.query not in QUERY_STD:

@@ -39,13 +39,17 @@ class Config:
     logit_scale: float = 1 / 0.07  # of the text classifier, fixed, as published
 
     def __post_init__(self) -> None:
-        """Refuse words that mean nothing here."""
+        """Refuse words that mean nothing here, and impossible numbers."""
         if self.positions not in POSITION_STD:
             raise ConfigError("no such scale of positions", seen=self.positions, wanted=" or ".join(POSITION_STD))
         if self.classifier not in ("linear", "text"):
             raise ConfigError("no such classifier", seen=self.classifier, wanted="linear or text")
         if self.layers < 1:
             raise ConfigError("a transformer has at least one layer", seen=self.layers)
+        if self.heads < 1:
+            raise ConfigError("impossible heads", seen=self.heads, wanted="at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("impossible dropout", seen=self.dropout, wanted="at least 0 and below 1")
 
 
 class TemporalTransformer(nn.Module):
