@@ -104,6 +104,7 @@ def test_few_shot_repeats_to_the_digit(metric: str, folder: Path, store: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kill_9_at_random_moments_then_a_rerun_gives_the_same_store(folder: Path) -> None:
     arguments = [sys.executable, str(ROOT / "cli.py"), "extract", "motion.csv", "--model", "coldframe-tiny", "--quiet",
                  "--features", "embedding,tokens.-1", "--shard-videos", "4", "--workers", "2"]  # fmt: skip
