@@ -40,6 +40,8 @@ from ..data_manifests.errors import ColdframeError
 from .specs import FrameSpec, TransformSpec
 
 _KEPT = 0.95  # a file with a smaller share of its promised frames is damaged: refused, not quietly shortened
+# PyAV 19 took the option away.
+_LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _SLACK_S = 5e-4  # times in annotations are rounded
 _BATCH_BYTES = 256 << 20  # full-size pictures that decord may hold at once
 _TIMED_BY_HEADER = {"matroska,webm", "flv"}  # containers that promise a duration, not a count
@@ -287,7 +289,7 @@ def _read_through(source: Source, indices: NDArray[np.int64], crop: Crop) -> tup
     wanted = set(indices.tolist())
     seen: list[float] = []
     crops: list[Picture] = []
-    with av.open(source.path, metadata_errors="replace") as container:
+    with av.open(source.path, **_LENIENT) as container:
         stream = container.streams.video[source.stream]
         stream.codec_context.thread_count = 1  # parallel over videos, not within one
         for packet in _packets(container.demux(stream)):
@@ -303,7 +305,7 @@ def _read_through(source: Source, indices: NDArray[np.int64], crop: Crop) -> tup
 def _inspect(path: str) -> Source:
     """Read a file's header and packets; raise DecodeError for what cannot be a whole video."""
     try:
-        container = av.open(path, metadata_errors="replace")
+        container = av.open(path, **_LENIENT)
     except (av.FFmpegError, ValueError) as error:
         with Path(path).open("rb") as file:
             is_mp4 = file.read(8)[4:] == b"ftyp"  # the index of an mp4 is usually at its end
