@@ -10,15 +10,17 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from coldframe.data_manifests import datasets
-from coldframe.data_manifests.errors import ColdframeError, ConfigError
+from coldframe.data_manifests.errors import ColdframeError, ConfigError, UnknownName
 
 if TYPE_CHECKING:
     from coldframe.data_manifests import Manifest
@@ -82,7 +84,9 @@ def extract(
     pretrained: Annotated[
         str | None, typer.Option(help="A pretrained tag, a weights file, or `random`. (default: openai)")
     ] = None,
-    frames: Annotated[int, typer.Option(help="Frames a video, at the centres of equal segments.")] = 8,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames a video, for sampling uniform, random and dense. (default: 8)", min=1)
+    ] = None,
     heads: Annotated[str, typer.Option("--for", help="Store what these heads need: HEAD,HEAD.")] = "",
     features: Annotated[
         str,
@@ -91,46 +95,108 @@ def extract(
             "(default: embedding,cls.-1)"
         ),
     ] = "",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    sampling: Annotated[
+        str,
+        typer.Option(
+            help="uniform: centres of equal segments; random: one frame of each segment; dense: --stride apart; "
+            "fps: --fps a second over the whole video; all."
+        ),
+    ] = "uniform",
+    stride: Annotated[int | None, typer.Option(help="dense: frames from one to the next. (default: 4)")] = None,
+    clips: Annotated[int | None, typer.Option(help="dense: clips, evenly spread over the video.")] = None,
+    fps: Annotated[float | None, typer.Option(help="fps: frames a second. (default: 1)")] = None,
+    crops: Annotated[
+        str, typer.Option(help="centre; three along the longer side; random: resized, one a draw, same in all frames.")
+    ] = "centre",
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror every second random crop or so.")] = False,
+    draws: Annotated[int, typer.Option(help="Draws of what is random, each a view; more can be added later.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of random frames and crops. (default: 0)")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float16, bfloat16, float32, or int8: tokens at half the size of float16.")
+    ] = "float16",
+    token_grid: Annotated[
+        int | None, typer.Option(help="Average patch tokens to a grid of G x G; 7 of 14 is a quarter of the size.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Arithmetic of the tower. (default: fp16 on cuda, else fp32)")
     ] = None,
     device: Device = "auto",
-    decoder: Annotated[str, typer.Option(help="auto, decord or pyav.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Frames to one pass of the tower; halved where memory is short.")] = 64,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the tower: minutes to begin, then faster.")
+    ] = False,
+    decoder: Annotated[
+        str, typer.Option(help="auto (decord where it is exact, else PyAV), decord, pyav, torchcodec.")
+    ] = "auto",
     workers: Annotated[int | None, typer.Option(help="Decode processes. (default: one a core)", min=1)] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds after which one video's decoding is killed.")] = 60.0,
+    worker_memory: Annotated[float, typer.Option(help="GiB that a decode process may take for one video.")] = 4.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds without progress after which the decoding of one video is killed.")
+    ] = 60.0,
+    on_damage: Annotated[
+        str, typer.Option(help="A video that is cut off or has holes: skip it, salvage what is there, or fail the run.")
+    ] = "skip",
+    min_fraction: Annotated[
+        float, typer.Option(help="salvage: the smallest share of a video's frames that will do.")
+    ] = 0.5,
+    max_frames: Annotated[int, typer.Option(help="A video that gives more frames is refused.", min=1)] = 36_000,
     shard_videos: Annotated[
         int | None, typer.Option(help="Videos to a shard: what a killed run loses. (default: by their size)", min=1)
     ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+    shard: Annotated[
+        str, typer.Option(help="I/N: only the I-th of N parts of the videos (0/4 … 3/4), beside runs of the others.")
+    ] = "0/1",
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try again also what failed for good in an earlier run.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Decode every video once, run the frozen CLIP tower over it, and cache its features. Resumes by itself.
 
-    A broken video is counted and explained, and the run goes on; the exit code is then 3.
+    A broken video is counted and explained, and the run goes on; the exit code is then 3. Ctrl-C and SIGTERM keep what
+    is done.
     """
-    from coldframe.extract import FeatureSpec, FrameSpec, load_tower
+    from coldframe.extract import ExtractOptions, FeatureSpec, FrameSpec, load_tower
     from coldframe.extract import extract as extract_features
+    from coldframe.extract.leases import Part
 
+    if on_damage not in ("skip", "salvage", "fail"):
+        raise UnknownName("way to treat damage", on_damage, ("skip", "salvage", "fail"))
+    is_random = sampling == "random" or crops == "random"
+    frame_spec = FrameSpec(
+        n_frames=frames or (8 if sampling in ("uniform", "random", "dense") else None),
+        sampling=sampling,
+        decoder=decoder,
+        stride=stride or (4 if sampling == "dense" else None),
+        clips=clips,
+        rate_fps=fps or (1.0 if sampling == "fps" else None),
+        crops=None if crops == "centre" else crops,
+        flip=flip or None,
+        seed=seed if seed is not None or not is_random else 0,
+        draws=draws,
+    )
+    options = ExtractOptions(
+        workers=workers or cores(),
+        timeout_s=timeout,
+        worker_bytes=round(worker_memory * 2**30),
+        batch_frames=batch,
+        shard_videos=shard_videos,
+        retry=retry,
+        salvage=min_fraction if on_damage == "salvage" else None,
+        stop_at_damage=on_damage == "fail",
+        max_frames=max_frames,
+        part=Part.parse(shard),
+        quiet=quiet,
+    )
     wanted = wanted_features(features, heads)  # before the tower, whose weights may have to be fetched
     manifest = open_manifest(videos)
     tower = load_tower(model, pretrained or default_weights(model), precision or default_precision(device), device)
-    spec = FeatureSpec(FrameSpec(frames, decoder=decoder), tower.spec, dtype)
-    report = extract_features(
-        manifest,
-        store,
-        tower=tower,
-        spec=spec,
-        features=wanted,
-        workers=workers or cores(),
-        timeout_s=timeout,
-        shard_videos=shard_videos,
-        retry_failed=retry_failed,
-        quiet=quiet,
-    )
+    if compiled:
+        tower.compile()
+    spec = FeatureSpec(frame_spec, tower.spec, dtype, token_grid)
+    with stopped_by_sigterm():
+        report = extract_features(manifest, store, tower, spec, wanted, options)
     show(report.to_json(), report.describe(), as_json)
     if report.interrupted or report.n_failed:
         raise typer.Exit(130 if report.interrupted else 3)
@@ -402,6 +468,20 @@ def fail(line: str) -> NoReturn:
     """One line on standard error, then exit code 2."""
     typer.secho(f"error: {line}", fg="red", err=True)
     sys.exit(2)
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which is what schedulers send, end a run as Ctrl-C does."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def cores() -> int:

@@ -79,7 +79,7 @@ def evaluate(
         templates=predictor.templates,
         is_transductive=predictor.is_transductive,
         selection=predictor.selection,
-        frames=f"{store.spec.frames.n_frames} {store.spec.frames.sampling}",
+        frames=store.spec.frames.describe(),
         config=dataclasses.asdict(config),
         fingerprints=_fingerprints(store, manifest, predictor, outcome),
         notes=(*_notes(predictor, manifest, split, videos), *outcome.notes),

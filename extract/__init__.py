@@ -1,14 +1,17 @@
 """Stage 1: videos → frozen features; and the store that the other stages read.
 
     pipeline.py   the stage, top-down             specs.py       what can change a value
-    frames.py     video → frames                  towers.py      frozen CLIP towers
-    workers.py    killable decode processes       pretrained.py  which weights; the only user of open_clip
-    progress.py   what a long run shows           weights.py     files of weights, read safely
-    writer.py     the store as extract writes it  text.py        class names × templates → text features
+    sampling.py   which frames, which views       towers.py      frozen CLIP towers
+    crops.py      a picture → square crops        pretrained.py  which weights; the only user of open_clip
+    frames.py     video → frames                  weights.py     files of weights, read safely
+    workers.py    killable decode processes       text.py        class names × templates → text features
+    progress.py   what a long run shows           tiny/          coldframe-tiny, the CLIP that ships with the package
+
+    writer.py     the store as extract writes it  compress.py    pooled tokens, int8
     store.py      the store as others read it     batches.py     features of many videos as one batch
-    catalogue.py  which row of a video counts     tiny/          coldframe-tiny, the CLIP that ships with the package
-    shards.py     one shard, both directions
-    arrays.py     one array of it: raw zarr v3    journal.py     what happened, event by event
+    catalogue.py  which row of a video counts     leases.py      who may write what, at the same time
+    shards.py     one shard, both directions      journal.py     what happened, event by event
+    arrays.py     one array of it: raw zarr v3
 
 House letters, in every shape and einops pattern of the project:
 `B` videos in the batch · `T` frames of a video · `F` frames of a shard · `L` tower blocks · `N` patch tokens of a frame ·
@@ -25,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arrays import StoreError
     from .batches import FeatureBatch, FeatureDataset
-    from .pipeline import ExtractReport, extract
+    from .pipeline import ExtractOptions, ExtractReport, extract
     from .specs import FeatureSpec, FrameSpec, SpecMismatch, TowerShape, TowerSpec, TransformSpec
     from .store import FeatureStore
     from .text import TextFeatures
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "FeatureBatch": "batches",
     "FeatureDataset": "batches",
+    "ExtractOptions": "pipeline",
     "ExtractReport": "pipeline",
     "extract": "pipeline",
     "FeatureSpec": "specs",
@@ -52,6 +56,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "ExtractOptions",
     "ExtractReport",
     "FeatureBatch",
     "FeatureDataset",

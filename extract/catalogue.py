@@ -6,12 +6,13 @@ STORE/
   shards/             see shards.py; immutable, so a retry or another feature is a new shard
   journal/            see journal.py
   text/               class names through the text tower, see text.py
-  lock                held by the one writer; readers need none
+  leases/             who is writing, see leases.py; readers need none
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -82,7 +83,10 @@ class Header:
 
     def dtype(self, array: str) -> str:
         """Type of a feature's or of the timestamps' numbers."""
-        return {TIMES: "float64", "pixels": "uint8"}.get(array, self.spec.dtype)
+        fixed = {TIMES: "float64", "pixels": "uint8"}
+        if self.spec.dtype == "int8":
+            return fixed.get(array, "int8" if array.startswith("tokens.") else "float16")
+        return fixed.get(array, self.spec.dtype)
 
     def frame_bytes(self, array: str) -> int:
         """Bytes of one frame of a feature or of the timestamps."""
@@ -103,18 +107,24 @@ class Header:
         return manifest
 
 
-class Catalogue:
-    """Which shard and row speak for a video.
+Place = tuple[int, int]  # shard, row
+Key = tuple[str, int]  # video id, view
 
-    Of two rows of a video the newer wins, and so does the newer of two shards that hold a feature of it. A newer row
-    that saw another content or another number of frames makes older features void: a batch never mixes two versions.
+
+class Catalogue:
+    """Which shard and row speak for a view of a video.
+
+    Of two rows of a view the newer wins, and so does the newer of two shards that hold a feature of it. A newer row
+    that saw another content or another number of frames makes everything older of the video void: a batch never mixes
+    two versions. A failure takes nothing away: what an earlier run could read stays.
     """
 
     def __init__(self, shards: Iterable[Shard] = ()) -> None:
         """Add shards, oldest first."""
         self.shards: list[Shard] = []
-        self.newest: dict[str, tuple[int, int]] = {}  # video id -> shard, row
-        self.holders: dict[str, dict[str, tuple[int, int]]] = {}  # array -> video id -> shard, row
+        self.newest: dict[Key, Place] = {}
+        self.holders: dict[str, dict[Key, Place]] = {}  # array -> view of a video -> shard, row
+        self.troubles: dict[str, VideoRow] = {}  # video id -> the last attempt, where it failed
         for shard in shards:
             self.add(shard)
 
@@ -123,29 +133,41 @@ class Catalogue:
         number = len(self.shards)
         self.shards.append(shard)
         for i, row in enumerate(shard.rows):
-            place = (number, i)
-            self.newest[row.video_id] = place
             if not row.is_ok:
+                self.troubles[row.video_id] = row
                 continue
-            for held in self.holders.values():
-                older = held.get(row.video_id)
-                if older and _version(self.row(older)) != _version(row):
-                    del held[row.video_id]
+            self.troubles.pop(row.video_id, None)
+            self._forget_other_versions(row)
+            key = (row.video_id, row.view)
+            self.newest[key] = (number, i)
             for name in shard.arrays:
-                self.holders.setdefault(name, {})[row.video_id] = place
+                self.holders.setdefault(name, {})[key] = (number, i)
 
-    def row(self, place: tuple[int, int]) -> VideoRow:
+    def row(self, place: Place) -> VideoRow:
         """The row at a place."""
         shard, i = place
         return self.shards[shard].rows[i]
 
     def rows(self) -> Iterator[VideoRow]:
-        """The newest row of every video."""
+        """The newest row of every view that has features."""
         return map(self.row, self.newest.values())
 
+    def views(self, video_id: str) -> Iterator[int]:
+        """Views of a video that have features: 0, 1, 2, …"""
+        return itertools.takewhile(lambda view: (video_id, view) in self.newest, itertools.count())
+
     def failures(self) -> list[VideoRow]:
-        """Rows of the videos that could not be read, by id."""
-        return sorted((row for row in self.rows() if not row.is_ok), key=lambda row: row.video_id)
+        """Rows of the videos whose last attempt failed, by id."""
+        return [self.troubles[video_id] for video_id in sorted(self.troubles)]
+
+    def _forget_other_versions(self, row: VideoRow) -> None:
+        """Drop what is held of another content or length of a video."""
+        first = self.newest.get((row.video_id, 0))
+        if first is None or _version(self.row(first)) == _version(row):
+            return
+        for view in list(self.views(row.video_id)):
+            for held in (self.newest, *self.holders.values()):
+                held.pop((row.video_id, view), None)
 
 
 def _version(row: VideoRow) -> tuple[Any, ...]:

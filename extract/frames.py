@@ -21,12 +21,11 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,24 +33,23 @@ import av
 import numpy as np
 from av.stream import Disposition
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from ..data_manifests.errors import ColdframeError
+from .crops import Crop, Picture, cropper
+from .sampling import Times, Views, sample
 from .specs import FrameSpec, TransformSpec
 
-_KEPT = 0.95  # a file with a smaller share of its promised frames is damaged: refused, not quietly shortened
+_KEPT = (
+    0.95  # a file with a smaller share of its promised frames is damaged: refused or salvaged, not quietly shortened
+)
 # PyAV 19 took the option away.
 _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _SLACK_S = 5e-4  # times in annotations are rounded
 _BATCH_BYTES = 256 << 20  # full-size pictures that decord may hold at once
+_LARGEST = 1 << 27  # pixels of a picture; more is a decompression bomb, not a video
 _TIMED_BY_HEADER = {"matroska,webm", "flv"}  # containers that promise a duration, not a count
 _DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _IDR = 5  # type of an H.264 NAL unit: a picture that nothing after it looks back across
-
-Times = NDArray[np.float64]  # seconds of every frame of a file, in the order of display
-Picture = NDArray[np.uint8]  # RGB [H, W, 3], or a crop [3, S, S]
-Choose = Callable[[Times], NDArray[np.int64]]
-Crop = Callable[[Picture], Picture]
 
 
 class DecodeError(ColdframeError, OSError):
@@ -63,86 +61,110 @@ class DecodeError(ColdframeError, OSError):
         return str(self)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedVideo:
-    """The sampled frames of one video, as open_clip would have cropped them."""
+class SourceError(DecodeError):
+    """A file cannot be had at present: it, or the disk it is on, may come back."""
 
-    pixels: NDArray[np.uint8]  # [T, 3, S, S]
-    timestamps_s: NDArray[np.float64]  # [T], since the first frame of the file
-    indices: NDArray[np.int64]  # [T], which frames of the file
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodedVideo:
+    """What was read of one video; its V views share the crops, n of them, that went to the sink."""
+
+    rows: NDArray[np.int64]  # [V, T], the crop that each view shows at each time
+    timestamps_s: NDArray[np.float64]  # [V, T], since the first frame of the file
+    indices: NDArray[np.int64]  # [V, T], which frames of the file
     n_source_frames: int  # frames of the whole file
-    n_repeated: int  # repetitions of the last frame at the end, where the video is shorter than T
-    decoder: str  # decord | pyav
+    n_repeated: NDArray[np.int64]  # [V], frames that only repeat another, where the video is too short
+    decoder: str  # decord | pyav | torchcodec
     content_sha256: str  # of the file's bytes
+    source_bytes: int  # size of the file
+    kept: float = 1.0  # share of the promised frames that could be decoded, below 0.95 only where it was salvaged
+    views: tuple[int, ...] = (0,)  # their numbers
+    seconds: float = 0.0  # that it took
+
+
+class Sink(Protocol):
+    """Where crops go as they are decoded, so that no video is ever in memory whole."""
+
+    def restart(self) -> None:
+        """Forget what came: the video begins again."""
+        ...
+
+    def put(self, crop: Picture) -> None:
+        """Take the next crop [3, S, S]; it is not changed afterwards."""
+        ...
+
+
+class Crops(list[Picture]):
+    """A sink that keeps everything."""
+
+    def restart(self) -> None:
+        """Forget what came."""
+        self.clear()
+
+    def put(self, crop: Picture) -> None:
+        """Keep a crop."""
+        self.append(crop)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """What decides whether a video is taken, and never what its numbers are."""
+
+    salvage: float | None = None  # smallest share of the promised frames that will do; None: only whole videos
+    max_frames: int | None = None  # a view of more frames is refused
+
+
+WHOLE = DecodeOptions()
 
 
 def decode(
     path: str | os.PathLike[str],
     frames: FrameSpec,
     transform: TransformSpec,
+    sink: Sink,
+    *,
+    key: str = "",
     start_s: float | None = None,
     end_s: float | None = None,
+    views: Sequence[int] | None = None,
+    options: DecodeOptions = WHOLE,
 ) -> DecodedVideo:
-    """Sample, decode, resize and crop one video, or the part of it with start_s ≤ time < end_s.
+    """Sample, decode and crop one video, or the part of it with start_s ≤ time < end_s.
+
+    Args:
+        sink: is given each distinct crop once, in the order of time.
+        key: the video's id, on which random frames and crops depend.
+        views: numbers of the views wanted; None is all.
 
     Raises:
-        DecodeError: there is no such file, it is no video, it is damaged, or no frame lies in the part asked for.
+        DecodeError: it is no video, it is damaged, or no frame lies in the part asked for.
+        SourceError: there is no such file, or it cannot be read now.
     """
-    content_sha256 = _digest(path)
+    content_sha256, source_bytes = _digest(path)
     source = _inspect(os.path.abspath(path))  # noqa: PTH100 - a name such as `12:30.mp4` is no protocol
-    choose = partial(_choose, frames=frames, start_s=start_s, end_s=end_s)
-    picked = _DECODERS[frames.decoder](source, choose, partial(resize_and_crop, transform=transform))
-    n_repeated = frames.n_frames - len(picked.crops)
+    if source.problem and (options.salvage is None or source.kept < options.salvage):
+        raise DecodeError(source.problem)
+
+    def choose(timestamps_s: Times) -> Views:
+        first, stop = _part(timestamps_s, start_s, end_s)
+        chosen = sample(timestamps_s[first:stop], frames, key, views)
+        if chosen.frames.shape[1] > (options.max_frames or math.inf):
+            raise DecodeError(f"too long: {chosen.frames.shape[1]} frames, at most {options.max_frames} are taken")
+        return Views(first + chosen.frames, chosen.crops)
+
+    picked = _DECODERS[frames.decoder](source, choose, cropper(frames, transform, key), sink, options)
     return DecodedVideo(
-        pixels=np.stack(picked.crops + picked.crops[-1:] * n_repeated),
-        timestamps_s=picked.timestamps_s[picked.indices],
-        indices=picked.indices,
+        rows=picked.views.rows,
+        timestamps_s=picked.timestamps_s[picked.views.frames],
+        indices=picked.views.frames,
         n_source_frames=len(picked.timestamps_s),
-        n_repeated=n_repeated,
+        n_repeated=picked.views.n_repeated,
         decoder=picked.decoder,
         content_sha256=content_sha256,
+        source_bytes=source_bytes,
+        kept=picked.kept,
+        views=tuple(range(frames.n_views) if views is None else views),
     )
-
-
-def segment_centres(n_source: int, n_frames: int) -> NDArray[np.int64]:
-    """Take the centre of each of `n_frames` equal parts: frame i is floor((2i + 1) · n_source / (2 · n_frames)).
-
-    A video with fewer frames than parts gives each of its frames once, in order, then repeats the last.
-
-    Returns:
-        Indices [n_frames], ascending, each in [0, n_source).
-
-    Source: TSN, Wang et al. 2016, arXiv:1608.00859; the positions of its evaluation code.
-    """
-    part = np.arange(n_frames, dtype=np.int64)
-    if n_source < n_frames:
-        return np.minimum(part, n_source - 1)
-    return (2 * part + 1) * n_source // (2 * n_frames)
-
-
-def resize_and_crop(rgb: Picture, transform: TransformSpec) -> Picture:
-    """Do open_clip's evaluation transform up to, not including, ToTensor.  rgb [H, W, 3] -> [3, S, S].
-
-    Source: open_clip 3.3 `image_transform` (MIT) and torchvision 0.20 `resize`, `center_crop` (BSD-3): their rounding.
-    Differs: nothing, bit for bit; torchvision, and so torch, is not needed.
-    """
-    (height, width, _), side = rgb.shape, transform.size_px
-    match transform.resize_mode:
-        case "shortest":
-            short = min(height, width)
-            size = (int(side * width / short), int(side * height / short))
-        case "longest":
-            ratio = max(height, width) / side
-            size = (round(width / ratio), round(height / ratio))
-        case _:
-            size = (side, side)
-    kernel = Image.Resampling.BILINEAR if transform.interpolation == "bilinear" else Image.Resampling.BICUBIC
-    resized = np.asarray(Image.fromarray(rgb).resize(size, kernel))  # [h, w, 3]
-
-    canvas = np.full((3, side, side), transform.fill_color, np.uint8)
-    (from_y, to_y), (from_x, to_x) = _centred(resized.shape[0], side), _centred(resized.shape[1], side)
-    canvas[:, to_y, to_x] = resized[from_y, from_x].transpose(2, 0, 1)
-    return canvas
 
 
 def write_video(
@@ -180,19 +202,22 @@ def write_video(
 
 
 class Picked(NamedTuple):
-    """What a decoder hands back."""
+    """What a decoder hands back, besides the crops."""
 
     timestamps_s: Times
-    indices: NDArray[np.int64]  # [T], the frames chosen
-    crops: list[Picture]  # [3, S, S] for each distinct index, in order
+    views: Views
     decoder: str
+    kept: float = 1.0
+
+
+Choose = Callable[[Times], Views]
 
 
 class Decoder(Protocol):
     """A back end; pictures are cropped one by one, so that it never holds a video in full size."""
 
-    def __call__(self, source: Source, choose: Choose, crop: Crop) -> Picked:
-        """Decode the frames that `choose` takes from the times of all frames; raises DecodeError."""
+    def __call__(self, source: Source, choose: Choose, crop: Crop, sink: Sink, options: DecodeOptions) -> Picked:
+        """Decode the shots of the views that `choose` takes from the times of all frames; raises DecodeError."""
         ...
 
 
@@ -204,45 +229,56 @@ class Source:
     stream: int  # among the video streams
     timestamps_s: Times  # of the frames that the packets promise
     rate_fps: float
-    frame_bytes: int  # of one picture as RGB
+    height: int
+    width: int
     decord_flaw: str  # why decord would go astray; empty where it is exact
+    problem: str  # why the file is not whole; empty where it is
+    kept: float  # the share of it that is there
 
 
-def _choose(timestamps_s: Times, frames: FrameSpec, start_s: float | None, end_s: float | None) -> NDArray[np.int64]:
-    """Indices [T] of the sampled frames with start_s ≤ time < end_s; raises DecodeError where there are none."""
+def _part(timestamps_s: Times, start_s: float | None, end_s: float | None) -> tuple[int, int]:
+    """First and last + 1 of the frames with start_s ≤ time < end_s; raises DecodeError where there are none."""
     first = 0 if start_s is None else int(np.searchsorted(timestamps_s, start_s - _SLACK_S))
     stop = len(timestamps_s) if end_s is None else int(np.searchsorted(timestamps_s, end_s - _SLACK_S))
     if stop <= first:
         raise DecodeError(
             f"no frames in the segment: {start_s} to {end_s} s, but the last is at {timestamps_s[-1]:.2f} s"
         )
-    return first + segment_centres(stop - first, frames.n_frames)
+    return first, stop
 
 
-def _by_the_better(source: Source, choose: Choose, crop: Crop) -> Picked:
-    """Ask decord where it is exact, and PyAV where it is not, refuses, or shows one picture twice."""
+def _by_the_better(source: Source, choose: Choose, crop: Crop, sink: Sink, options: DecodeOptions) -> Picked:
+    """Ask decord where it is exact, and PyAV where it is not, refuses, shows one picture twice, or must read it all."""
     if not source.decord_flaw:
-        with suppress(DecodeError):
-            picked = _by_decord(source, choose, crop)
-            if not any(np.array_equal(a, b) for a, b in pairwise(picked.crops)):
-                return picked
-    return _by_pyav(source, choose, crop)
+        with suppress(_NotByDecord):
+            return _by_decord(source, choose, crop, sink, options, is_free_to_choose=True)
+        sink.restart()
+    return _by_pyav(source, choose, crop, sink, options)
 
 
-def _by_decord(source: Source, choose: Choose, crop: Crop) -> Picked:
+class _NotByDecord(DecodeError):
+    """decord cannot, or should not, read this file."""
+
+
+def _by_decord(
+    source: Source, choose: Choose, crop: Crop, sink: Sink, options: DecodeOptions, is_free_to_choose: bool = False
+) -> Picked:
     """Seek to the frames by decord; raise DecodeError where they might be others than those asked for."""
     if source.decord_flaw:
-        raise DecodeError(f"decord is not exact {source.decord_flaw}: use the decoder auto or pyav")
+        raise _NotByDecord(f"decord is not exact {source.decord_flaw}: use the decoder auto or pyav")
+    views = choose(source.timestamps_s)
+    crops_of = _crops_of(views)
+    wanted = np.array(sorted(crops_of))
+    n_batches = -(-len(wanted) * 3 * source.height * source.width // _BATCH_BYTES)
+    if is_free_to_choose and n_batches > 1 and len(wanted) > len(source.timestamps_s) // 4:
+        raise _NotByDecord("reading from end to end is faster")
     try:
         import decord  # here, since it breaks a later import of torch in the same process (decord #293)
-    except ImportError as error:
-        raise DecodeError("decord is not installed: there is no wheel for this machine") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _NotByDecord("decord is not installed: there is no wheel for this machine") from error
     decord.logging.set_level(decord.logging.QUIET)
 
-    indices = choose(source.timestamps_s)
-    wanted = np.unique(indices)
-    n_batches = -(-len(wanted) * source.frame_bytes // _BATCH_BYTES)
-    crops: list[Picture] = []
+    last: Picture | None = None
     try:
         for batch in np.array_split(wanted, n_batches):
             # Open, one ascending batch, drop: an idle reader goes on decoding into memory (decord #157).
@@ -250,60 +286,76 @@ def _by_decord(source: Source, choose: Choose, crop: Crop) -> Picked:
             _trust(reader, source)
             pictures = reader.get_batch(batch).asnumpy()  # [t, H, W, 3]
             del reader
-            crops += map(crop, pictures)
+            for number, rgb in zip(batch.tolist(), pictures, strict=True):
+                if is_free_to_choose and last is not None and np.array_equal(last, rgb):
+                    raise _NotByDecord("decord shows one picture twice")
+                for crop_number in crops_of[number]:
+                    sink.put(crop(rgb, crop_number))
+                last = rgb
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         reason = str(error).rpartition(".cc:")[2].partition("\n")[0]
-        raise DecodeError(f"decord gave up: {reason[:200]}") from error
-    return Picked(source.timestamps_s, indices, crops, "decord")
+        raise _NotByDecord(f"decord gave up: {reason[:200]}") from error
+    return Picked(source.timestamps_s, views, "decord", source.kept)
 
 
 def _trust(reader: Any, source: Source) -> None:
     """Raise DecodeError unless decord's index is that of the packets; it believes containers that lie."""
     if len(reader) != len(source.timestamps_s):
-        raise DecodeError(f"decord miscounts: {len(reader)} frames where the packets hold {len(source.timestamps_s)}")
+        raise _NotByDecord(f"decord miscounts: {len(reader)} frames where the packets hold {len(source.timestamps_s)}")
     times = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
     if reader.get_key_indices()[0] != 0 or np.abs(times - times[0] - source.timestamps_s).max() > 2e-3:  # float32
-        raise DecodeError("decord misplaces frames: its times are not those of the packets")
+        raise _NotByDecord("decord misplaces frames: its times are not those of the packets")
 
 
-def _by_pyav(source: Source, choose: Choose, crop: Crop) -> Picked:
+def _by_pyav(source: Source, choose: Choose, crop: Crop, sink: Sink, options: DecodeOptions) -> Picked:
     """Decode from end to end by PyAV; a second time where the packets promised other frames than came."""
     timestamps_s = source.timestamps_s
-    indices = choose(timestamps_s)
-    seen, crops = _read_through(source, indices, crop)
-    if len(seen) < _KEPT * len(timestamps_s):
+    views = choose(timestamps_s)
+    seen = _read_through(source, views, crop, sink)
+    kept = source.kept * len(seen) / len(timestamps_s)
+    if len(seen) < _KEPT * len(timestamps_s) and (options.salvage is None or kept < options.salvage or not seen):
         problem = f"corrupt: {len(seen)} of {len(timestamps_s)} frames could be decoded"
         raise DecodeError(problem if seen else "no frames could be decoded")
     if len(seen) != len(timestamps_s):
         timestamps_s = _clock(seen, source.rate_fps)
-        indices = choose(timestamps_s)
-        _, crops = _read_through(source, indices, crop)
-    return Picked(timestamps_s, indices, crops, "pyav")
+        views = choose(timestamps_s)
+        sink.restart()
+        _read_through(source, views, crop, sink)
+    return Picked(timestamps_s, views, "pyav", min(kept, 1.0))
 
 
 _DECODERS: Mapping[str, Decoder] = {"auto": _by_the_better, "decord": _by_decord, "pyav": _by_pyav}
 
 
-def _read_through(source: Source, indices: NDArray[np.int64], crop: Crop) -> tuple[list[float], list[Picture]]:
-    """Decode every frame, keep the crops of some; gives the time of each frame and the crops."""
-    wanted = set(indices.tolist())
+def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> list[float]:
+    """Decode every frame, pass the crops of some on; gives the time of each frame."""
+    crops_of = _crops_of(views)
     seen: list[float] = []
-    crops: list[Picture] = []
     with av.open(source.path, **_LENIENT) as container:
         stream = container.streams.video[source.stream]
         stream.codec_context.thread_count = 1  # parallel over videos, not within one
         for packet in _packets(container.demux(stream)):
             with suppress(av.FFmpegError):  # an undecodable packet gives no frame: the count tells
                 for frame in packet.decode():
-                    if len(seen) in wanted:
+                    if len(seen) in crops_of:
                         rgb = frame.to_ndarray(format="rgb24", threads=1)  # 5 × faster than its pool for one picture
-                        crops.append(crop(np.rot90(rgb, round(frame.rotation / 90))))  # the display matrix, as decord
+                        rgb = np.rot90(rgb, round(frame.rotation / 90))  # the display matrix, as decord
+                        for crop_number in crops_of[len(seen)]:
+                            sink.put(crop(rgb, crop_number))
                     seen.append(frame.time)
-    return seen, crops
+    return seen
+
+
+def _crops_of(views: Views) -> Mapping[int, list[int]]:
+    """The crops wanted of each wanted frame."""
+    crops: dict[int, list[int]] = defaultdict(list)
+    for frame, crop in views.shots:
+        crops[frame].append(crop)
+    return dict(crops)
 
 
 def _inspect(path: str) -> Source:
-    """Read a file's header and packets; raise DecodeError for what cannot be a whole video."""
+    """Read a file's header and packets; raise DecodeError for what is no video at all."""
     try:
         container = av.open(path, **_LENIENT)
     except (av.FFmpegError, ValueError) as error:
@@ -332,13 +384,16 @@ def _inspect(path: str) -> Source:
             if not packet.is_discard and not (codec.name == "mpeg4" and packet.size == 1):
                 shown.append(math.nan if packet.pts is None else float(packet.pts * packet.time_base))
 
-        if n_packets < _KEPT * stream.frames:
-            raise DecodeError(f"truncated: {n_packets} of {stream.frames} frames")
-        promised_s = (container.duration or 0) / av.time_base if container.format.name in _TIMED_BY_HEADER else 0
-        if end_s < _KEPT * promised_s:
-            raise DecodeError(f"truncated: {end_s:.1f} of {promised_s:.1f} seconds")
         if not shown:
             raise DecodeError("no frames could be decoded")
+        if codec.height * codec.width > _LARGEST:
+            raise DecodeError(f"too large: pictures of {codec.width} x {codec.height} pixels")
+        kept, problem = min(n_packets / max(stream.frames, 1), 1.0), ""
+        if kept < _KEPT:
+            problem = f"truncated: {n_packets} of {stream.frames} frames"
+        promised_s = (container.duration or 0) / av.time_base if container.format.name in _TIMED_BY_HEADER else 0
+        if end_s < _KEPT * promised_s:
+            kept, problem = end_s / promised_s, f"truncated: {end_s:.1f} of {promised_s:.1f} seconds"
         rate_fps = float(stream.average_rate or stream.guessed_rate or 25)
         flaws = {
             f"with {container.format.name} files": container.format.name not in _DECORD_CONTAINERS,
@@ -346,14 +401,18 @@ def _inspect(path: str) -> Source:
             f"with {codec.pix_fmt}": codec.pix_fmt not in ("yuv420p", "yuvj420p"),
             "at an odd height": codec.height % 2 == 1,
             "with open GOPs": not gops_are_closed,
+            "with damaged files": bool(problem),
         }
         return Source(
             path=path,
             stream=container.streams.video.index(stream),
             timestamps_s=_clock(np.sort(shown), rate_fps),
             rate_fps=rate_fps,
-            frame_bytes=3 * codec.height * codec.width,
+            height=codec.height,
+            width=codec.width,
             decord_flaw=next((flaw for flaw, holds in flaws.items() if holds), ""),
+            problem=problem,
+            kept=kept,
         )
 
 
@@ -383,15 +442,8 @@ def _clock(times: ArrayLike, rate_fps: float) -> Times:
     return np.arange(len(clock)) / rate_fps
 
 
-def _centred(size: int, side: int) -> tuple[slice, slice]:
-    """The part of an axis that a centre crop reads, and the part of the crop that it fills."""
-    if size <= side:
-        return slice(None), slice((side - size) // 2, (side - size) // 2 + size)
-    return slice(round((size - side) / 2), round((size - side) / 2) + side), slice(None)  # banker's, as torchvision
-
-
-def _digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes; raises DecodeError where there are none."""
+def _digest(path: str | os.PathLike[str]) -> tuple[str, int]:
+    """SHA-256 of a file's bytes, and their number; raises DecodeError where there are none."""
     digest = ""
     try:
         status = Path(path).stat()
@@ -399,11 +451,11 @@ def _digest(path: str | os.PathLike[str]) -> str:
             with Path(path).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise DecodeError("file is missing") from None
+        raise SourceError("file is missing") from None
     except OSError as error:
-        raise DecodeError(f"file cannot be read: {error.strerror}") from error
+        raise SourceError(f"file cannot be read: {error.strerror}") from error
     if not is_regular:
         raise DecodeError("not a regular file")
     if status.st_size == 0:
         raise DecodeError("empty file")
-    return digest
+    return digest, status.st_size

@@ -7,24 +7,33 @@ missing. A shard appears whole or not at all.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data_manifests.records import Manifest
-from .frames import DecodedVideo
+from ..data_manifests.errors import ConfigError
+from ..data_manifests.records import Manifest, listed
+from .compress import fidelity, pool_tokens, rounded
+from .frames import DecodeError, DecodeOptions
+from .leases import WHOLE, Part
 from .progress import Progress
+from .shards import SALVAGED
 from .specs import FeatureSpec, canonical_features
-from .towers import Tower
-from .workers import DecodePool, Failure
+from .towers import Tower, TowerError
+from .workers import Answer, Chunk, DecodePool, Failure, Job
 from .writer import FeatureWriter, ShardBuilder
+
+_FULL_BYTES = 1 << 30  # of a shard in memory; it is written although videos of it are still to come
 
 
 @dataclass(slots=True)
@@ -42,6 +51,9 @@ class ExtractReport:
     tower_s: float = 0.0
     write_wait_s: float = 0.0  # the disk was behind
     interrupted: bool = False
+    n_salvaged: int = 0  # damaged videos of which a part was taken
+    batch_frames: int | None = None  # what the device's memory held, where it was less than asked for
+    fidelity: dict[str, float] = field(default_factory=dict)  # feature → smallest cosine to float32 seen in a sample
 
     @property
     def n_failed(self) -> int:
@@ -58,6 +70,18 @@ class ExtractReport:
     def reasons(self) -> dict[str, int]:
         """Failures by their reason's first words, most frequent first."""
         return dict(Counter(reason.partition(":")[0] for reason in self.failures.values()).most_common())
+
+    def saw_fidelity(self, feature: str, cosines: Tensor) -> None:
+        """Take the cosines [...] between what was computed and what will be read of a feature."""
+        self.fidelity[feature] = min(self.fidelity.get(feature, 1.0), round(float(cosines.min()), 6))
+
+    def live(self, seconds: float) -> dict[str, str]:
+        """What a long run shows beside its rate: shares of the time, and failures by reason."""
+        shares = {"decode-wait": self.decode_wait_s, "tower": self.tower_s, "write-wait": self.write_wait_s}
+        shown = {"frames/s": f"{self.n_frames / seconds:.0f}"}
+        shown |= {side: f"{spent / seconds:.0%}" for side, spent in shares.items()}
+        reasons = ", ".join(f"{n} {reason}" for reason, n in list(self.reasons.items())[:3])
+        return shown | {"failed": f"{self.n_failed} ({reasons})" if reasons else "0"}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with what is derived."""
@@ -79,127 +103,211 @@ class ExtractReport:
                 f"{self.seconds:.1f} s, {rate}; waited {self.decode_wait_s:.1f} s for decoding, "
                 f"{self.tower_s:.1f} s for the tower, {self.write_wait_s:.1f} s for the disk"
             )
+        if self.fidelity and self.n_written:
+            cosines = ", ".join(f"{name} {cosine:.6f}" for name, cosine in self.fidelity.items())
+            lines.append(f"smallest cosine between float32 and what was stored, in a sample: {cosines}")
+        if self.n_salvaged:
+            lines.append(f"{self.n_salvaged:,} damaged videos were salvaged as far as they go; see inspect")
+        if self.batch_frames:
+            lines.append(
+                f"the device held {self.batch_frames} frames at a time: --batch {self.batch_frames} saves the search"
+            )
         lines += [f"failed: {video_id}: {reason}" for video_id, reason in list(self.failures.items())[:10]]
         if self.n_failed > 10:
             lines.append(f"and {self.n_failed - 10} more: coldframe inspect {self.store} --json")
         if self.n_failed:
-            lines.append("a failure is final; --retry-failed tries again")
+            lines.append("what may mend by itself is tried again by the next run; --retry tries all of them again")
         if self.interrupted:
             lines.append("interrupted; the same command goes on from here")
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """How a run works; nothing here changes a feature's value."""
+
+    workers: int = 2  # decode processes; 0 decodes in this one
+    timeout_s: float = 60.0  # without progress on one video
+    worker_bytes: int = 4 << 30  # memory that a decode process may take for one video
+    batch_frames: int = 64  # to one pass of the tower; halved where the device's memory does not hold them
+    shard_videos: int | None = None  # at most; None lets their size decide
+    retry: bool = False  # also what failed for good in an earlier run
+    salvage: float | None = None  # smallest share of a damaged video's frames that will do; None: only whole videos
+    stop_at_damage: bool = False  # end the run at the first video that cannot be read
+    max_frames: int | None = 36_000  # of one view; longer videos are refused
+    part: Part = WHOLE  # of the videos, when several processes write one store
+    quiet: bool = False
+
+
 def extract(
-    manifest: Manifest,
-    store: Path,
-    *,
-    tower: Tower,
-    spec: FeatureSpec,
-    features: Sequence[str],
-    workers: int = 2,
-    timeout_s: float = 60.0,
-    batch_frames: int = 64,
-    shard_videos: int | None = None,
-    retry_failed: bool = False,
-    quiet: bool = False,
-) -> ExtractReport:
+    manifest: Manifest, store: Path, tower: Tower, spec: FeatureSpec, features: Sequence[str],
+    options: ExtractOptions | None = None, *, void: Mapping[str, Container[str]] | None = None,
+) -> ExtractReport:  # fmt: skip
     """Write the features of every video of `manifest` to a store; resume it if it exists.
 
     Ctrl-C keeps what is encoded and returns a report that says so.
 
     Args:
         features: names such as `embedding`, `cls.-1`, `tokens.8`; an existing store gains those it lacks.
-        timeout_s: a video that decodes for longer is killed and counted as failed.
-        batch_frames: frames to one pass of the tower.
-        shard_videos: videos to a shard, at most; None lets their size decide.
-        retry_failed: try the videos again that failed in an earlier run.
+        void: arrays of videos that the store has but that shall be written again.
 
     Raises:
         SpecMismatch: the store was made with another spec.
         StoreError: the store cannot be written; the shards committed so far stay.
+        DecodeError: a video cannot be read, and the options say to stop there.
+        ConfigError: mirrored crops of classes that tell left from right.
     """
+    options = options or ExtractOptions()
+    _refuse_flips(spec, manifest)
     report = ExtractReport(store, n_videos=len(manifest.records))
     started = time.perf_counter()
     asked = canonical_features(features, tower.shape.layers)
-    with FeatureWriter.open(store, spec, tower.shape, asked, manifest, shard_videos=shard_videos) as writer:
-        todo = writer.remaining(retry_failed=retry_failed)
+    shape = spec.shape_of(tower.shape)
+    with FeatureWriter.open(
+        store, spec, shape, asked, manifest, shard_videos=options.shard_videos, part=options.part
+    ) as writer:
+        writer.void = void or {}
+        todo = writer.remaining(retry=options.retry)
         again = set(todo)
         report.failures = {
             row.video_id: row.reason
             for row in writer.failures
             if row.video_id in manifest.by_id and row.video_id not in again
         }
-        report.n_present = report.n_videos - len(todo) - report.n_failed
+        report.n_present = len(writer.ids) - len(todo) - report.n_failed
         if todo:
-            names = canonical_features({name for key in todo for name in writer.missing(key)}, tower.shape.layers)
+            names = canonical_features({n for key in todo for n in writer.missing(key).names}, tower.shape.layers)
             shards = writer.plan(todo)
-            records = [manifest.by_id[key] for ids in shards for key in ids]
-            jobs = ((r.video_id, manifest.path_of(r), r.start_s, r.end_s) for r in records)
+            encoder = _Encoder(tower, names, writer.spec, options.batch_frames, report)
             try:
                 with (
-                    Progress(len(todo), "videos", quiet=quiet) as progress,
-                    DecodePool(spec.frames, spec.tower.transform, workers=workers, timeout_s=timeout_s) as pool,
+                    Progress(len(todo), "videos", quiet=options.quiet) as progress,
+                    DecodePool(
+                        writer.spec.frames,
+                        spec.tower.transform,
+                        workers=options.workers,
+                        timeout_s=options.timeout_s,
+                        memory_bytes=options.worker_bytes,
+                        options=DecodeOptions(options.salvage, options.max_frames),
+                    ) as pool,
                     _Shards(writer, shards, report) as filing,
                 ):
-                    for batch in _batches(pool.decode(jobs), batch_frames, report):
-                        filing.file(batch, _encode(tower, batch, names, spec.dtype, batch_frames, report))
-                        progress.update(
-                            len(batch),
-                            **{"frames/s": f"{report.n_frames / (time.perf_counter() - started):.0f}"},
-                            failed=report.n_failed,
-                            waits_for=report.bottleneck,
-                        )
+                    arrivals = pool.decode(_jobs(writer, manifest, shards))
+                    for key, answer, rows in encoder.run(_timed(arrivals, report)):
+                        if options.stop_at_damage and isinstance(answer, Failure):
+                            raise DecodeError(f"{key}: {answer.reason}", fix="Mend it, or leave out --on-damage fail.")
+                        filing.file(key, answer, rows)
+                        progress.update(1, **report.live(time.perf_counter() - started))
             except KeyboardInterrupt:
                 report.interrupted = True
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _batches(
-    videos: Iterator[tuple[str, DecodedVideo | Failure]], batch_frames: int, report: ExtractReport
-) -> Iterator[dict[str, DecodedVideo | Failure]]:
-    """Collect decoded videos until they fill one pass of the tower."""
-    batch: dict[str, DecodedVideo | Failure] = {}
-    n_frames = 0
-    began = time.perf_counter()
-    for key, video in videos:
-        batch[key] = video
-        n_frames += len(video.pixels) if isinstance(video, DecodedVideo) else 0
-        if n_frames >= batch_frames:
-            report.decode_wait_s += time.perf_counter() - began
-            yield batch
-            batch, n_frames = {}, 0
-            began = time.perf_counter()
-    report.decode_wait_s += time.perf_counter() - began
-    if batch:
-        yield batch
+def _jobs(writer: FeatureWriter, manifest: Manifest, shards: Sequence[Sequence[str]]) -> Iterator[Job]:
+    """What has to be decoded, shard by shard."""
+    for key in (key for ids in shards for key in ids):
+        record = manifest.by_id[key]
+        yield Job(key, manifest.path_of(record), record.start_s, record.end_s, writer.missing(key).views)
 
 
-def _encode(
-    tower: Tower,
-    batch: dict[str, DecodedVideo | Failure],
-    names: Sequence[str],
-    dtype: str,
-    batch_frames: int,
-    report: ExtractReport,
-) -> dict[str, dict[str, Tensor]]:
-    """Run the tower over the frames of several videos; give each video its own rows [T, ...] back."""
-    videos = {key: video for key, video in batch.items() if isinstance(video, DecodedVideo)}
-    if not videos:
-        return {}
-    began = time.perf_counter()
-    pixels = torch.cat([torch.from_numpy(video.pixels) for video in videos.values()])  # [F, 3, S, S]
-    chunks = [tower.encode_frames(part, names) for part in pixels.split(batch_frames)]
-    rows = {name: torch.cat([_storable(chunk[name], dtype) for chunk in chunks]) for name in names}  # [F, ...]
-    lengths = [len(video.pixels) for video in videos.values()]
-    split = {name: frames.split(lengths) for name, frames in rows.items()}
-    report.tower_s += time.perf_counter() - began
-    return {key: {name: split[name][i] for name in names} for i, key in enumerate(videos)}
+def _refuse_flips(spec: FeatureSpec, manifest: Manifest) -> None:
+    """Refuse mirrored crops of classes that tell left from right."""
+    sided = [
+        name for name in manifest.class_names if re.search(r"\b(left|right)", name.replace("_", " "), re.IGNORECASE)
+    ]
+    if spec.frames.flip and sided:
+        raise ConfigError(
+            f"{len(sided)} classes tell left from right, and a mirrored video would belong to another one",
+            seen=listed(sided),
+            fix="Leave out --flip.",
+        )
 
 
-def _storable(frames: Tensor, dtype: str) -> Tensor:
-    """Round on the device, so that half as many bytes cross to the host; pixels stay what they are."""
-    return frames.to(getattr(torch, dtype) if frames.is_floating_point() else frames.dtype).cpu()
+def _timed(
+    arrivals: Iterator[tuple[str, Chunk | Answer]], report: ExtractReport
+) -> Iterator[tuple[str, Chunk | Answer]]:
+    """Count the time that nothing but decoding could be waited for."""
+    while True:
+        began = time.perf_counter()
+        arrival = next(arrivals, None)
+        report.decode_wait_s += time.perf_counter() - began
+        if arrival is None:
+            return
+        yield arrival
+
+
+class _Encoder:
+    """Runs the tower over crops as they arrive, whichever videos they are of, and puts the videos together again."""
+
+    def __init__(
+        self, tower: Tower, names: Sequence[str], spec: FeatureSpec, batch_frames: int, report: ExtractReport
+    ) -> None:
+        self._tower, self._names, self._spec, self._report = tower, names, spec, report
+        self._batch_frames = batch_frames
+        self._encoded: dict[str, list[dict[str, Tensor]]] = {}  # of videos that are not complete, part by part
+
+    def run(self, arrivals: Iterable[tuple[str, Chunk | Answer]]) -> Iterator[tuple[str, Answer, dict[str, Tensor]]]:
+        """Give each video's answer with its features, array name → [n, ...] for its n crops; none where it failed."""
+        waiting: list[tuple[str, Chunk | Answer]] = []
+        n_crops = 0
+        for key, arrival in arrivals:
+            waiting.append((key, arrival))
+            n_crops += len(arrival.crops) if isinstance(arrival, Chunk) else 0
+            if n_crops >= self._batch_frames:
+                yield from self._finish(waiting)
+                waiting, n_crops = [], 0
+        yield from self._finish(waiting)
+
+    def _finish(self, waiting: list[tuple[str, Chunk | Answer]]) -> Iterator[tuple[str, Answer, dict[str, Tensor]]]:
+        parts = [arrival.crops for _, arrival in waiting if isinstance(arrival, Chunk)]
+        encoded = iter(self._encode(parts))
+        for key, arrival in waiting:
+            if isinstance(arrival, Chunk):
+                if arrival.first == 0:  # the video begins, or begins again
+                    self._encoded[key] = []
+                self._encoded[key].append(next(encoded))
+                continue
+            parts_of_it = self._encoded.pop(key, [])
+            if isinstance(arrival, Failure):
+                yield key, arrival, {}
+            else:
+                yield key, arrival, {name: torch.cat([part[name] for part in parts_of_it]) for name in parts_of_it[0]}
+
+    def _encode(self, parts: Sequence[NDArray[np.uint8]]) -> list[dict[str, Tensor]]:
+        """Features of parts [n, 3, S, S]: array name → [n, ...] for each of them."""
+        if not parts:
+            return []
+        began = time.perf_counter()
+        crops = torch.cat([torch.from_numpy(part) for part in parts])  # [F, 3, S, S]
+        chunks: list[dict[str, Tensor]] = []
+        while (done := sum(len(next(iter(chunk.values()))) for chunk in chunks)) < len(crops):
+            try:
+                chunks.append(self._pass(crops[done : done + self._batch_frames], checked=not chunks))
+            except torch.OutOfMemoryError as error:
+                if self._batch_frames == 1:
+                    raise TowerError(
+                        "the device has no memory for a single frame", fix="Use a smaller tower."
+                    ) from error
+                self._batch_frames = self._report.batch_frames = -(-self._batch_frames // 2)
+                torch.cuda.empty_cache()
+        lengths = [len(part) for part in parts]
+        split = {name: torch.cat([chunk[name] for chunk in chunks]).split(lengths) for name in chunks[0]}
+        self._report.tower_s += time.perf_counter() - began
+        return [{name: pieces[i] for name, pieces in split.items()} for i in range(len(parts))]
+
+    def _pass(self, crops: Tensor, checked: bool) -> dict[str, Tensor]:
+        """One pass of the tower, in the arrays of the store: rounded on the device, so that fewer bytes cross to the host."""
+        with torch.inference_mode():
+            stored: dict[str, Tensor] = {}
+            for name, frames in self._tower.encode_frames(crops, self._names).items():
+                if name.startswith("tokens.") and self._spec.token_grid:
+                    frames = pool_tokens(frames, self._tower.shape.grid, self._spec.token_grid)
+                arrays = rounded(name, frames, self._spec.dtype)
+                if checked and frames.is_floating_point() and self._spec.dtype != "float32":
+                    self._report.saw_fidelity(name, fidelity(name, frames[:1], {n: a[:1] for n, a in arrays.items()}))
+                stored |= {array: values.cpu() for array, values in arrays.items()}
+        return stored
 
 
 class _Shards:
@@ -221,30 +329,31 @@ class _Shards:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Finish the writes; an interrupted run also keeps the videos that its open shards already hold."""
         try:
-            if kind is KeyboardInterrupt:
+            if kind in (KeyboardInterrupt, DecodeError):
                 for number in sorted(self._open):
                     self._commit(number)
-            if kind in (None, KeyboardInterrupt):
+            if kind in (None, KeyboardInterrupt, DecodeError):
                 self._wait(0)
         finally:
             self._disk.shutdown(wait=True)
 
-    def file(self, batch: dict[str, DecodedVideo | Failure], encoded: dict[str, dict[str, Tensor]]) -> None:
-        """Give every video of a batch to its shard, with its features or with the reason why it has none."""
-        for key, video in batch.items():
-            number = self._shard_of[key]
-            if number not in self._open:
-                self._open[number] = self._writer.begin_shard(self._plan[number])
-            if isinstance(video, DecodedVideo):
-                self._open[number].add(key, encoded[key], video)
-                self._report.n_written += 1
-                self._report.n_frames += len(video.pixels)
-            else:
-                self._open[number].fail(key, video.reason)
-                self._report.failures[key] = video.reason
-            self._missing[number] -= 1
-            if self._missing[number] == 0:
-                self._commit(number)
+    def file(self, key: str, answer: Answer, features: Mapping[str, Tensor]) -> None:
+        """Give a video to its shard, with its features or with the reason why it has none."""
+        number = self._shard_of[key]
+        if number not in self._open:
+            self._open[number] = self._writer.begin_shard(self._plan[number])
+        shard = self._open[number]
+        if isinstance(answer, Failure):
+            shard.fail(key, answer.reason, is_final=answer.is_final, seconds=answer.seconds)
+            self._report.failures[key] = answer.reason
+        else:
+            shard.add(key, features, answer)
+            self._report.n_written += 1
+            self._report.n_frames += answer.rows.size
+            self._report.n_salvaged += answer.kept < SALVAGED
+        self._missing[number] -= 1
+        if self._missing[number] == 0 or shard.n_bytes > _FULL_BYTES:
+            self._commit(number)
 
     def _commit(self, number: int) -> None:
         self._writing.append(self._disk.submit(self._open.pop(number).commit))

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from .arrays import ArrayFile, StoreError, checksum, write_arrays
 
+SALVAGED = 0.95  # a video with a smaller share of its frames is damaged
 _NAME = re.compile(r"(\d{5,})-[0-9a-f]{8}")
 _TORN = ".tmp-"
 _TORN_NAME = re.compile(re.escape(_TORN) + r"(.+)-(\d{1,9})-\d+")  # host, pid, number
@@ -40,6 +41,9 @@ _COLUMNS = {
     "n_frames": pa.int32(),
     "n_repeated": pa.int32(),
     "view": pa.int32(),
+    "n_source_frames": pa.int64(),
+    "kept": pa.float64(),
+    "source_bytes": pa.int64(),
     "decoder": pa.string(),
     "attempts": pa.int32(),
     "content_hash": pa.string(),
@@ -52,11 +56,14 @@ class VideoRow:
     """What a shard says of one video: that its features are here, or why they are not."""
 
     video_id: str
-    status: str  # ok | failed
+    status: str  # ok | failed, for good | deferred: failed for now, the next run tries again
     reason: str = ""
     n_frames: int = 0
     n_repeated: int = 0  # frames that repeat another, because the video has too few
-    view: int = 0
+    view: int = 0  # see sampling.py; a failed video has one row
+    n_source_frames: int = 0  # of the whole file
+    kept: float = 1.0  # share of the promised frames that could be decoded, where the file was salvaged
+    source_bytes: int = 0  # size of the file
     decoder: str = ""
     attempts: int = 1
     content_hash: str = ""
@@ -95,11 +102,12 @@ class Shard:
                 table = file.read()
             arrays = tuple(name.removeprefix(_SUM) for name in table.column_names if name.startswith(_SUM))
             sums = table.select([_SUM + name for name in arrays]).rename_columns(arrays).to_pylist()
+            columns = [name for name in _COLUMNS if name in table.column_names]  # an older release wrote fewer
             rows = tuple(
                 VideoRow(**row, crc32c=crc32c if row["status"] == "ok" else {})
-                for row, crc32c in zip(table.select(list(_COLUMNS)).to_pylist(), sums, strict=True)
+                for row, crc32c in zip(table.select(columns).to_pylist(), sums, strict=True)
             )
-        except (OSError, KeyError, pa.ArrowException) as error:
+        except (OSError, KeyError, TypeError, pa.ArrowException) as error:
             raise StoreError(f"the rows of shard {path} cannot be read: {error}") from error
         return cls(path, rows, arrays)
 
@@ -140,7 +148,7 @@ def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Map
         StoreError: the disk is full or failing; nothing is left behind.
     """
     rows = _with_checksums(rows, arrays)
-    identity = json.dumps([(row.video_id, row.status, row.n_frames, dict(row.crc32c)) for row in rows])
+    identity = json.dumps([(row.video_id, row.view, row.status, row.n_frames, dict(row.crc32c)) for row in rows])
     final = folder / f"{number:05d}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     torn = folder / f"{_TORN}{socket.gethostname()}-{os.getpid()}-{number:05d}"
     n_bytes = sum(part.nbytes for parts in arrays.values() for part in parts)

@@ -16,7 +16,10 @@ from typing import Any, Self
 from ..data_manifests.errors import ColdframeError, ConfigError, UnknownName
 
 FORMAT_VERSION = 1
-DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32", "int8")  # int8: patch and class tokens, with a float16 scale each
+SAMPLINGS = ("uniform", "random", "dense", "fps", "all")
+CROPS = ("centre", "three", "random")
+DECODERS = ("auto", "decord", "pyav", "torchcodec")  # auto: decord where it is exact, else PyAV
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -26,20 +29,69 @@ class SpecMismatch(ColdframeError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FrameSpec:
-    """Which frames of a video are kept, and who decodes them."""
+    """Which frames of a video are kept, how they are cropped, and who decodes them. `None` is: does not apply."""
 
-    n_frames: int = 8
-    sampling: str = "uniform"  # the centres of n_frames equal segments
-    decoder: str = "auto"  # auto: decord where it is good, else PyAV | decord | pyav
+    n_frames: int | None = 8  # T; None where the sampling decides
+    sampling: str = "uniform"  # see SAMPLINGS
+    decoder: str = "auto"  # see DECODERS
+    stride: int | None = None  # dense: frames of the source from one to the next
+    clips: int | None = None  # dense: how many, evenly spread; None is one in the middle
+    rate_fps: float | None = None  # fps: frames a second
+    crops: str | None = None  # None: the centre | three: along the longer side | random: resized, one a draw
+    flip: bool | None = None  # random crops: mirror every second draw or so
+    seed: int | None = None  # of random frames and crops
+    draws: int = field(default=1, metadata={"identity": False})  # of what is random; more can be added later
 
     def __post_init__(self) -> None:
-        """Refuse what no decoder could do."""
-        if self.n_frames < 1:
-            raise ConfigError("a video needs at least one frame", seen=f"n_frames={self.n_frames}", wanted="1 or more")
-        if self.sampling not in ("uniform",):
-            raise UnknownName("sampling", self.sampling, ("uniform",))
-        if self.decoder not in ("auto", "decord", "pyav"):
-            raise UnknownName("decoder", self.decoder, ("auto", "decord", "pyav"))
+        """Refuse what contradicts itself."""
+        _one_of("sampling", self.sampling, SAMPLINGS)
+        _one_of("decoder", self.decoder, DECODERS)
+        _one_of("crops", self.crops or "centre", CROPS)
+        of_fixed_length = self.sampling not in ("fps", "all")
+        is_random = self.sampling == "random" or self.crops == "random"
+        _whole("n_frames", self.n_frames, of_fixed_length, f"sampling {self.sampling}")
+        _whole("stride", self.stride, self.sampling == "dense", f"sampling {self.sampling}")
+        _whole("clips", self.clips, None if self.sampling == "dense" else False, f"sampling {self.sampling}")
+        _whole("draws", self.draws if is_random or self.draws != 1 else None, is_random, "nothing random")
+        if (self.rate_fps is not None) != (self.sampling == "fps") or not (self.rate_fps is None or self.rate_fps > 0):
+            raise ConfigError("sampling fps takes a rate above 0, and no other takes one", seen=f"rate={self.rate_fps}")
+        if (self.seed is not None) != is_random:
+            raise ConfigError("a seed belongs to random frames or random crops", seen=f"seed={self.seed}")
+        if self.flip is not None and self.crops != "random":
+            raise ConfigError("only random crops can be flipped", seen=f"crops={self.crops or 'centre'}")
+
+    @property
+    def length(self) -> int:
+        """T, where it is fixed."""
+        assert self.n_frames is not None
+        return self.n_frames
+
+    @property
+    def n_clips(self) -> int:
+        """Clips of one draw."""
+        return self.clips or 1
+
+    @property
+    def n_crops(self) -> int:
+        """Crops of one clip; a random crop is a draw."""
+        return 3 if self.crops == "three" else 1
+
+    @property
+    def n_views(self) -> int:
+        """V, rows of one video in a store."""
+        return self.draws * self.n_clips * self.n_crops
+
+    def describe(self) -> str:
+        """For people: what a row holds."""
+        length = (
+            {"fps": f"{self.rate_fps:g} a second", "all": "all"}.get(self.sampling) if self.n_frames is None else ""
+        )
+        words = [length or f"{self.n_frames} {self.sampling}"]
+        words += [f"{self.stride} apart"] if self.stride else []
+        words += [f"{self.n_clips} clips"] if self.n_clips > 1 else []
+        words += [f"{self.crops} crops{' flipped at random' if self.flip else ''}"] if self.crops else []
+        words += [f"{self.draws} draws of seed {self.seed}"] if self.seed is not None else []
+        return ", ".join(words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +145,25 @@ class FeatureSpec:
     frames: FrameSpec
     tower: TowerSpec
     dtype: str = "float16"
+    token_grid: int | None = None  # patch tokens averaged to g × g of them; None keeps the tower's grid
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Refuse a dtype that the format does not have."""
-        if self.dtype not in DTYPES:
-            raise UnknownName("dtype", self.dtype, DTYPES)
+        """Refuse what the format does not have."""
+        _one_of("dtype", self.dtype, DTYPES)
+        _whole("token_grid", self.token_grid, None, "")
+        if self.frames.crops == "three" and self.tower.transform.resize_mode != "shortest":
+            raise ConfigError("three crops need a transform that resizes the shorter side", seen=self.tower.transform)
+
+    def shape_of(self, shape: TowerShape) -> TowerShape:
+        """The sizes of the features that a tower of this shape leaves in the store."""
+        if self.token_grid is None:
+            return shape
+        if self.token_grid > min(shape.grid):
+            raise ConfigError(
+                "tokens cannot be pooled to a finer grid", seen=self.token_grid, wanted=f"up to {min(shape.grid)}"
+            )
+        return dataclasses.replace(shape, grid=(self.token_grid, self.token_grid))
 
     @property
     def fingerprint(self) -> str:
@@ -142,6 +207,7 @@ class FeatureSpec:
             frames=FrameSpec(**data["frames"]),
             tower=TowerSpec(**tower, transform=TransformSpec(**transform)),
             dtype=data["dtype"],
+            token_grid=data.get("token_grid"),
         )
 
 
@@ -171,9 +237,17 @@ def canonical_features(names: Iterable[str], layers: int) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda n: (n.partition(".")[0], int(n.partition(".")[2] or 0))))
 
 
+def arrays_of(feature: str, dtype: str) -> tuple[str, ...]:
+    """The arrays that hold a canonical feature: itself, and in an int8 store the scales of its tokens."""
+    kind, _, layer = feature.partition(".")
+    return (feature, f"scale.{layer}") if dtype == "int8" and kind == "tokens" else (feature,)
+
+
 def feature_shape(name: str, shape: TowerShape, size_px: int) -> tuple[int, ...]:
-    """Shape of one frame of a canonical feature: tokens [1+N, D], cls [D], embedding [E], pixels [3, S, S]."""
+    """Shape of one frame: tokens [1+N, D], their scales [1+N], cls [D], embedding [E], pixels [3, S, S]."""
     match name.partition(".")[0]:
+        case "scale":
+            return (1 + shape.n_patches,)
         case "tokens":
             return (1 + shape.n_patches, shape.width)
         case "cls":
@@ -184,6 +258,21 @@ def feature_shape(name: str, shape: TowerShape, size_px: int) -> tuple[int, ...]
             return (3, size_px, size_px)
         case _:
             raise UnknownName("feature", name, ("embedding", "pixels", "cls.<k>", "tokens.<k>"))
+
+
+def _one_of(kind: str, name: str, choices: tuple[str, ...]) -> None:
+    if name not in choices:
+        raise UnknownName(kind, name, choices)
+
+
+def _whole(name: str, value: int | None, needed: bool | None, what: str) -> None:
+    """Refuse a count that is below 1, missing where it is needed, or there where it means nothing (`needed` False)."""
+    if value is None and needed:
+        raise ConfigError(f"{what} needs {name}", wanted="1 or more")
+    if value is not None and needed is False:
+        raise ConfigError(f"{what} takes no {name}", seen=f"{name}={value}")
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} must be at least 1", seen=f"{name}={value}")
 
 
 def _identity(spec: Any) -> dict[str, Any]:

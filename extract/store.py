@@ -6,7 +6,7 @@ catalogue.py tells the format; writer.py writes it.
 from __future__ import annotations
 
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..data_manifests.records import Manifest
 from .arrays import ArrayFile, BatchMemory, FrameReader, StoreError, bytes_of, checksum
-from .catalogue import MANIFEST, SHARDS, TIMES, Catalogue, Header
-from .shards import Shard, VideoRow, committed
-from .specs import FeatureSpec, SpecMismatch, TowerShape, canonical_feature, canonical_features
+from .catalogue import MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
+from .compress import restored
+from .shards import SALVAGED, Shard, VideoRow, committed
+from .specs import FeatureSpec, SpecMismatch, TowerShape, arrays_of, canonical_feature, canonical_features
 from .writer import FeatureWriter, ShardBuilder
 
 __all__ = ["FeatureStore", "FeatureWriter", "FrameFeatures", "ShardBuilder", "StoreError", "VideoRow"]
@@ -48,7 +49,7 @@ class FeatureStore:
         self.path, self._header, self._catalogue = path, header, catalogue
         self._reader, self._memory = FrameReader(), BatchMemory()
         self._arrays: dict[tuple[int, str], ArrayFile] = {}
-        self._resident: dict[str, tuple[Tensor, dict[str, int]]] = {}
+        self._resident: dict[str, tuple[Tensor, dict[Key, int]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureStore, (self.path, self._header, self._catalogue)
@@ -98,44 +99,58 @@ class FeatureStore:
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """Ids of the videos that have features, sorted."""
-        return tuple(sorted(row.video_id for row in self._catalogue.rows() if row.is_ok))
+        return tuple(sorted(video_id for video_id, view in self._catalogue.newest if view == 0))
+
+    @cached_property
+    def n_views(self) -> int:
+        """V, views that every video has."""
+        return min((sum(1 for _ in self._catalogue.views(video_id)) for video_id in self.ids), default=0)
 
     @cached_property
     def features(self) -> tuple[str, ...]:
         """Canonical names of the features that every video has."""
-        held = {n: ids for n, ids in self._catalogue.holders.items() if n != TIMES and all(i in ids for i in self.ids)}
-        return canonical_features(held if self.ids else (), self.shape.layers)
+        keys = [(video_id, view) for video_id in self.ids for view in range(self.n_views)]
+        held = {n for n, held in self._catalogue.holders.items() if keys and all(key in held for key in keys)}
+        return canonical_features((n for n in held if n != TIMES and not n.startswith("scale.")), self.shape.layers)
 
     @property
     def failures(self) -> list[VideoRow]:
-        """Rows of the videos that could not be read: id, reason, attempts."""
+        """Rows of the videos whose last attempt failed: id, reason, attempts. Older features of them stay."""
         return self._catalogue.failures()
 
     @property
     def rows(self) -> list[VideoRow]:
-        """The newest row of every video, failed ones too, by id."""
-        return sorted(self._catalogue.rows(), key=lambda row: row.video_id)
+        """The newest row of every view of every video, and of videos without features the failure; by id and view."""
+        failed = (row for row in self.failures if row.video_id not in self)
+        return sorted([*self._catalogue.rows(), *failed], key=lambda row: (row.video_id, row.view))
+
+    @cached_property
+    def longest(self) -> int:
+        """T of the longest video."""
+        return max((row.n_frames for row in self._catalogue.rows()), default=0)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __contains__(self, video_id: str) -> bool:
-        place = self._catalogue.newest.get(video_id)
-        return place is not None and self._catalogue.row(place).is_ok
+        return (video_id, 0) in self._catalogue.newest
 
     def __getitem__(self, video_id: str) -> FrameFeatures:
-        """Everything of one video; raises StoreError for one that the store lacks."""
+        """Everything of one video's first view; raises StoreError for one that the store lacks."""
         return FrameFeatures({name: self.read(name, video_id) for name in self.features}, self.read(TIMES, video_id))
 
-    def read(self, name: str, video_id: str) -> NDArray:
-        """One feature of one video, [T, ...], or its `timestamps_s` [T]; bfloat16 comes as float32."""
-        canonical = name if name == TIMES else canonical_feature(name, self.shape.layers)
-        frames = self._read(canonical, video_id)
+    def read(self, name: str, video_id: str, view: int = 0) -> NDArray:
+        """One feature of one view of a video, [T, ...], or its `timestamps_s` [T]; bfloat16 comes as float32."""
+        if name == TIMES:
+            return self._read(TIMES, (video_id, view)).numpy()
+        canonical = canonical_feature(name, self.shape.layers)
+        arrays = [self._read(array, (video_id, view)) for array in arrays_of(canonical, self.spec.dtype)]
+        frames = restored(*arrays) if len(arrays) == 2 else arrays[0]
         return frames.float().numpy() if frames.dtype == torch.bfloat16 else frames.numpy()
 
     def lengths(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Frames of each video, [B]; raises StoreError for a video that the store lacks."""
-        return np.array([self._row(video_id).n_frames for video_id in ids], dtype=np.int64)
+        return np.array([self._row((video_id, 0)).n_frames for video_id in ids], dtype=np.int64)
 
     def gather(
         self,
@@ -143,6 +158,7 @@ class FeatureStore:
         names: Sequence[str],
         out: Mapping[str, Tensor] | None = None,
         *,
+        view: int | Sequence[int] = 0,
         pin: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Read features of videos into one batch, each video with one read straight into its place.
@@ -151,6 +167,7 @@ class FeatureStore:
             ids: any videos of the store, in any order, also repeated.
             names: features, such as `embedding` or `tokens.-1`.
             out: contiguous tensors to fill, by canonical name, of exactly the shape and dtype that they would have.
+            view: which view of the videos, or of each of them; all views of a video are equally long.
             pin: read into page-locked memory, from which copies to an accelerator overlap with work.
 
         Returns:
@@ -164,15 +181,28 @@ class FeatureStore:
         lengths = torch.from_numpy(self.lengths(ids))  # [B]
         n_frames = int(lengths.max()) if len(ids) else 0
         mask = torch.arange(n_frames) < lengths[:, None]  # [B, T]
+        keys = list(zip(ids, [view] * len(ids) if isinstance(view, int) else view, strict=True))
         features: dict[str, Tensor] = {}
         for name in canonical_features(names, self.shape.layers):
-            self._refuse_absent(name, ids)
+            self._refuse_absent(name, keys)
             batch = self._batch(name, mask.shape, None if out is None else out[name], pin)
             frames = batch.flatten(0, 1)  # [B·T, ...], the same memory
-            if self._is_small(name):
-                self._pick(frames, name, ids, mask)
+            begins = range(0, mask.numel(), max(n_frames, 1))
+            arrays = arrays_of(name, self.spec.dtype)
+            if len(arrays) == 2:
+                parts = [
+                    self._memory.empty(
+                        (len(frames), *self._header.frame_shape(a)), getattr(torch, self._header.dtype(a))
+                    )
+                    for a in arrays
+                ]
+                for array, part in zip(arrays, parts, strict=True):
+                    self._fill(part, array, keys, begins)
+                restored(*parts, out=frames)
+            elif self._is_small(name):
+                self._pick(frames, name, keys, mask)
             else:
-                self._fill(frames, name, ids, range(0, mask.numel(), max(n_frames, 1)))
+                self._fill(frames, name, keys, begins)
             if not mask.all():
                 batch[~mask] = 0
             features[name] = batch
@@ -196,48 +226,84 @@ class FeatureStore:
             "model": tower.model,
             "pretrained": tower.pretrained,
             "precision": tower.precision,
+            "sampling": None if frames.sampling == "uniform" else frames.sampling,
             "frames": frames.n_frames,
+            "stride": frames.stride,
+            "clips": frames.clips,
+            "fps": frames.rate_fps,
+            "crops": frames.crops,
+            "draws": None if frames.seed is None else frames.draws,
+            "seed": frames.seed or None,
             "decoder": frames.decoder,
             "dtype": self.spec.dtype,
+            "token-grid": self.spec.token_grid,
             "features": ",".join(features),
         }
-        options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        options = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+        options += ["--flip"] if frames.flip else []
         return shlex.join(["coldframe", "extract", str(self.path / MANIFEST), *options])
 
     def verify(self, video_id: str) -> tuple[str, ...]:
-        """Names of a video's arrays whose bytes are not the ones that were written, or cannot be read."""
-        self._row(video_id)
+        """Names of a video's arrays whose bytes are not the ones that were written, or cannot be read, in any view."""
+        self._row((video_id, 0))
+        keys = [(video_id, view) for view in self._catalogue.views(video_id)]
         return tuple(
             name
             for name, held in self._catalogue.holders.items()
-            if video_id in held and not self._is_sound(name, video_id, self._catalogue.row(held[video_id]))
+            if not all(self._is_sound(name, key) for key in keys if key in held)
         )
 
     def checksums(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """`verify` of every video, in the order in which they lie on the disk."""
-        for video_id in sorted(self.ids, key=lambda video_id: self._catalogue.newest[video_id]):
+        for video_id in sorted(self.ids, key=lambda video_id: self._catalogue.newest[video_id, 0]):
             yield video_id, self.verify(video_id)
 
     def bad_videos(self) -> dict[str, tuple[str, ...]]:
         """Videos with bytes that are not the ones that were written, and in which arrays."""
         return {video_id: bad for video_id, bad in self.checksums() if bad}
 
+    def duplicates(self) -> list[tuple[str, ...]]:
+        """Ids of videos whose files hold the same bytes, and that show the same part of it; each group once."""
+        groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for video_id in self.ids:
+            record = self.manifest.by_id.get(video_id)
+            if content := self._row((video_id, 0)).content_hash:
+                groups[content, record and record.start_s, record and record.end_s].append(video_id)
+        return [tuple(group) for group in groups.values() if len(group) > 1]
+
+    def leaks(self, manifest: Manifest | None = None) -> list[tuple[str, ...]]:
+        """Duplicates of which one is in another split than another: what is tested was trained on."""
+        by_id = (manifest or self.manifest).by_id
+
+        def splits(group: Iterable[str]) -> set[str]:
+            return {by_id[video_id].split for video_id in group if video_id in by_id} - {""}
+
+        return [group for group in self.duplicates() if len(splits(group)) > 1]
+
     def stats(self) -> dict[str, Any]:
         """What `inspect` shows, ready for JSON."""
         spec, shards = self.spec, self._catalogue.shards
-        rows, n_frames = [self._row(video_id) for video_id in self.ids], self._n_frames
+        rows, n_frames = list(self._catalogue.rows()), self._n_frames
         return {
             "path": str(self.path),
             "fingerprint": self.fingerprint,
             "spec": spec.to_json(),
             "manifest_fingerprint": self._header.manifest_fingerprint,
-            "n_videos": len(rows),
+            "n_videos": len(self.ids),
+            "n_views": self.n_views,
             "n_failed": len(self.failures),
             "n_frames": n_frames,
             "n_with_repeated_frames": sum(row.n_repeated > 0 for row in rows),
-            "feature_bytes": {name: n_frames * self._header.frame_bytes(name) for name in self.features},
+            "n_salvaged": sum(row.kept < SALVAGED and row.view == 0 for row in rows),
+            "n_duplicates": sum(len(group) - 1 for group in self.duplicates()),
+            "leaks": [list(group) for group in self.leaks()],
+            "feature_bytes": {
+                name: n_frames * sum(map(self._header.frame_bytes, arrays_of(name, spec.dtype)))
+                for name in self.features
+            },
             "decoders": dict(Counter(row.decoder for row in rows).most_common()),
             "failures": {row.video_id: row.reason for row in self.failures},
+            "n_deferred": sum(row.status == "deferred" for row in self.failures),
             "n_shards": len(shards),
             "created_at": self._header.created_at,
             "created_by": self._header.created_by,
@@ -246,33 +312,46 @@ class FeatureStore:
 
     def describe(self) -> str:
         """`stats` for people."""
-        facts, tower, frames = self.stats(), self.spec.tower, self.spec.frames
+        facts, tower = self.stats(), self.spec.tower
+        grid = f", patches pooled to {self.spec.token_grid} x {self.spec.token_grid}" if self.spec.token_grid else ""
         lines = [
             f"{self.path}: {facts['n_videos']:,} videos, {facts['n_frames']:,} frames, {facts['n_failed']:,} failed",
             f"  tower    {tower.model} {tower.pretrained} {tower.precision}, weights {tower.weights_sha256[:16]}",
-            f"  frames   {frames.n_frames} {frames.sampling}, decoder {frames.decoder}, stored as {self.spec.dtype}",
+            f"  frames   {self.spec.frames.describe()}, decoder {self.spec.frames.decoder}, "
+            f"stored as {self.spec.dtype}{grid}",
             f"  settings {self.fingerprint}, shards: {facts['n_shards']:,}, changed {facts['changed_at']}",
             *(f"  feature  {name:<11} {n_bytes / 1e3:12,.0f} kB" for name, n_bytes in facts["feature_bytes"].items()),
+            *([f"  views    {self.n_views} of every video"] if self.n_views > 1 else []),
+            *([f"  salvaged {facts['n_salvaged']:,} damaged videos, as far as they go"] if facts["n_salvaged"] else []),
+            *(
+                [f"  copies   {facts['n_duplicates']:,} videos have the same bytes as another"]
+                if facts["n_duplicates"]
+                else []
+            ),
+            *(f"  LEAK     in several splits: {', '.join(group)}" for group in facts["leaks"][:20]),
             *(f"  failed   {video_id}: {reason}" for video_id, reason in list(facts["failures"].items())[:20]),
             *([f"           and {facts['n_failed'] - 20:,} more, see --json"] if facts["n_failed"] > 20 else []),
         ]
         return "\n".join(lines)
 
-    def _row(self, video_id: str) -> VideoRow:
-        """The row of a video that has features."""
-        place = self._catalogue.newest.get(video_id)
-        if place is None:
-            raise StoreError(f"video {video_id!r} is not in the store {self.path}")
-        row = self._catalogue.row(place)
-        if not row.is_ok:
-            raise StoreError(f"video {video_id!r} has no features in {self.path}: {row.reason}")
-        return row
+    def _row(self, key: Key) -> VideoRow:
+        """The row of a view that has features."""
+        if (place := self._catalogue.newest.get(key)) is not None:
+            return self._catalogue.row(place)
+        video_id, view = key
+        if video_id in self:
+            raise StoreError(f"video {video_id!r} has no view {view} in {self.path}", wanted=f"one of {self.n_views}")
+        if trouble := self._catalogue.troubles.get(video_id):
+            raise StoreError(f"video {video_id!r} has no features in {self.path}: {trouble.reason}")
+        raise StoreError(f"video {video_id!r} is not in the store {self.path}")
 
-    def _refuse_absent(self, name: str, ids: Iterable[str]) -> None:
-        """Raise SpecMismatch if one of these videos, which all have features, lacks this one."""
+    def _refuse_absent(self, name: str, keys: Iterable[Key]) -> None:
+        """Raise if one of these views lacks this feature."""
         held = self._catalogue.holders.get(name, {})
-        if not all(video_id in held for video_id in ids):
-            self.require([name], "what is asked for")
+        for key in keys:
+            if key not in held:
+                self._row(key)
+                self.require([name], "what is asked for")
 
     def _batch(self, name: str, rows: Sequence[int], out: Tensor | None, pin: bool) -> Tensor:
         """Where a batch [B, T, ...] goes: the caller's tensor, or a new one."""
@@ -294,18 +373,18 @@ class FeatureStore:
             self._arrays[shard, name] = array
         return self._arrays[shard, name]
 
-    def _read(self, name: str, video_id: str) -> Tensor:
-        """One array of one video, [T, ...]."""
-        shape = (self._row(video_id).n_frames, *self._header.frame_shape(name))
-        self._refuse_absent(name, [video_id])
-        frames = torch.empty(shape, dtype=self._dtype(name))
-        self._fill(frames, name, [video_id], [0])
+    def _read(self, array: str, key: Key) -> Tensor:
+        """One array of one view of a video, [T, ...]."""
+        shape = (self._row(key).n_frames, *self._header.frame_shape(array))
+        self._refuse_absent(array, [key])
+        frames = torch.empty(shape, dtype=getattr(torch, self._header.dtype(array)))
+        self._fill(frames, array, [key], [0])
         return frames
 
-    def _fill(self, frames: Tensor, name: str, ids: Sequence[str], begins: Iterable[int]) -> None:
-        """Read each video into `frames` [F, ...], from the frame on where it begins."""
+    def _fill(self, frames: Tensor, name: str, keys: Sequence[Key], begins: Iterable[int]) -> None:
+        """Read each view into `frames` [F, ...], from the frame on where it begins."""
         memory, held = bytes_of(frames), self._catalogue.holders.get(name, {})
-        for (number, row), begin in sorted(zip((held[video_id] for video_id in ids), begins, strict=True)):
+        for (number, row), begin in sorted(zip((held[key] for key in keys), begins, strict=True)):
             array, shard = self._array(number, name), self._catalogue.shards[number]
             target = memory[begin * array.frame_bytes :][: shard.rows[row].n_frames * array.frame_bytes]
             self._reader.read_into(array, shard.first_frame[row], target)
@@ -315,35 +394,38 @@ class FeatureStore:
         n_bytes = self._n_frames * self._header.frame_bytes(name)
         return len(self._header.frame_shape(name)) == 1 and n_bytes <= _RESIDENT_BYTES
 
-    def _pick(self, frames: Tensor, name: str, ids: Sequence[str], mask: Tensor) -> None:
+    def _pick(self, frames: Tensor, name: str, keys: Sequence[Key], mask: Tensor) -> None:
         """Copy a feature that is held in memory into `frames` [B·T, D]."""
         held, begins = self._held(name)
-        begin = torch.tensor([begins[video_id] for video_id in ids], dtype=torch.int64)  # [B]
+        begin = torch.tensor([begins[key] for key in keys], dtype=torch.int64)  # [B]
         rows = begin[:, None] + torch.arange(mask.shape[1]) * mask  # [B, T]
         torch.index_select(held, 0, rows.flatten(), out=frames)
 
-    def _held(self, name: str) -> tuple[Tensor, dict[str, int]]:
-        """A feature of all videos, [F, D], read when first asked for; and where each video begins in it."""
+    def _held(self, name: str) -> tuple[Tensor, dict[Key, int]]:
+        """A feature of all videos, [F, D], read when first asked for; and where each view begins in it."""
         if name not in self._resident:
-            ids = [video_id for video_id in self.ids if video_id in self._catalogue.holders.get(name, ())]
-            *begins, n_frames = accumulate(self.lengths(ids).tolist(), initial=0)
+            keys = sorted(self._catalogue.holders.get(name, ()))
+            *begins, n_frames = accumulate((self._row(key).n_frames for key in keys), initial=0)
             frames = torch.empty((n_frames, *self._header.frame_shape(name)), dtype=self._dtype(name))
-            self._fill(frames, name, ids, begins)
-            self._resident[name] = frames, dict(zip(ids, begins, strict=True))
+            self._fill(frames, name, keys, begins)
+            self._resident[name] = frames, dict(zip(keys, begins, strict=True))
         return self._resident[name]
 
-    def _is_sound(self, name: str, video_id: str, row: VideoRow) -> bool:
+    def _is_sound(self, array: str, key: Key) -> bool:
+        row = self._catalogue.row(self._catalogue.holders[array][key])
         try:
-            return checksum(np.asarray(bytes_of(self._read(name, video_id)))) == row.crc32c[name]
+            return checksum(np.asarray(bytes_of(self._read(array, key)))) == row.crc32c[array]
         except StoreError:
             return False
 
     def _dtype(self, name: str) -> torch.dtype:
-        return getattr(torch, self._header.dtype(name))
+        """Type of what readers get of a feature."""
+        dtype = self._header.dtype(name)
+        return torch.float16 if dtype == "int8" else getattr(torch, dtype)
 
     @cached_property
     def _n_frames(self) -> int:
-        return int(self.lengths(self.ids).sum())
+        return sum(row.n_frames for row in self._catalogue.rows())
 
 
 def _utc(path: Path) -> str:

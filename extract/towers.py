@@ -170,6 +170,11 @@ class Tower:
                 found["embedding"] = self._project(x)
         return found
 
+    def compile(self) -> None:
+        """Let torch compile the image blocks; the first pass of each size then takes minutes on a GPU."""
+        for block in self.visual.transformer.resblocks if self.has_tokens else [self.visual]:
+            block.compile()
+
     def resume(self, tokens: Tensor, from_layer: int) -> Tensor:
         """Finish the pass from tokens.<from_layer> [F, 1+N, D] → embedding [F, E], differentiable in the tokens."""
         self._need_tokens("a pass from the middle")

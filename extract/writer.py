@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
+import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,32 +16,42 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data_manifests.records import Manifest, listed
-from .arrays import Descriptor, StoreError
-from .catalogue import HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header
+from .arrays import StoreError
+from .catalogue import HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
+from .compress import rounded
 from .journal import Journal
+from .leases import LEASES, WHOLE, Lease, Part, exclusive, live
 from .shards import Shard, VideoRow, committed, remove_torn, replace_file, write_shard
-from .specs import FeatureSpec, TowerShape, canonical_features
+from .specs import FeatureSpec, FrameSpec, TowerShape, arrays_of, canonical_features
 
 if TYPE_CHECKING:
     from .frames import DecodedVideo
 
 # A shard is what a killed run loses and what a commit holds in memory; but every shard costs each reader a few files.
 _SHARD_BYTES, _SHARD_VIDEOS = 256 << 20, 256
-_LOCK = "lock"
+_USUAL_FRAMES = 300  # of a video whose length is not fixed
+_ATTEMPTS = 3  # at a video that failed for now; then it needs a word from the user
 
 
 class FeatureWriter:
     """The one writer of a store, until it is closed or its process ends."""
 
     def __init__(
-        self, path: Path, header: Header, catalogue: Catalogue, manifest: Manifest, features: tuple[str, ...]
+        self,
+        path: Path,
+        header: Header,
+        catalogue: Catalogue,
+        manifest: Manifest,
+        features: tuple[str, ...],
+        lease: Lease,
     ) -> None:
         """Use `open`."""
         self.path, self.features = path, features
         self._header, self._catalogue, self._manifest = header, catalogue, manifest
         self._journal = Journal(path)
         self._next_number = catalogue.shards[-1].number + 1 if catalogue.shards else 0
-        self._lock: Descriptor | None = None
+        self._lease = lease
+        self.void: Mapping[str, Container[str]] = {}  # video id -> arrays that are there but shall be written again
         self._shard_videos = _SHARD_VIDEOS
 
     @classmethod
@@ -56,6 +64,7 @@ class FeatureWriter:
         manifest: Manifest,
         *,
         shard_videos: int | None = None,
+        part: Part = WHOLE,
     ) -> Self:
         """Create a store, or go on with one.
 
@@ -63,26 +72,31 @@ class FeatureWriter:
             features: to be written for every video of `manifest`; what the store already holds stays.
             manifest: replaces the one in the store, of which it must hold every video that has features.
             shard_videos: videos to a shard, at most; None is 256. Large videos make smaller shards either way.
+            part: the videos that this writer is for; others may write other parts at the same time.
 
         Raises:
             SpecMismatch: the store was made with another spec; names the field.
-            StoreError: another writer is at work; the folder is something else; or the store is damaged.
+            StoreError: another writer is at this part; the folder is something else; or the store is damaged.
         """
         path, names = Path(path), canonical_features(features, shape.layers)
         _refuse_other_folder(path)
         (path / SHARDS).mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(path)
+        lease = Lease.take(path, part)
         try:
-            remove_torn(path / SHARDS)
-            catalogue = Catalogue(map(Shard.read, committed(path / SHARDS)))
-            header = _new_header(path, spec, shape, names, manifest, catalogue)
-            replace_file(path / MANIFEST, manifest.write)
-            header.write(path)
-            writer = cls(path, header, catalogue, manifest, names)
+            with exclusive(path) as turn:
+                remove_torn(path / SHARDS)
+                catalogue = Catalogue(map(Shard.read, committed(path / SHARDS)))
+                others = len(live(path)) - 1
+                header = _new_header(path, spec, shape, names, manifest, catalogue, others)
+                turn.check()
+                if not others or _manifest_of(path, header) is None:
+                    replace_file(path / MANIFEST, manifest.write)
+                header.write(path)
+            writer = cls(path, header, catalogue, manifest, names, lease)
         except BaseException:
-            lock.close()  # a traceback that somebody keeps would hold it
+            lease.close()  # a traceback that somebody keeps would hold it
             raise
-        writer._lock, writer._shard_videos = lock, shard_videos or _SHARD_VIDEOS
+        writer._shard_videos = shard_videos or _SHARD_VIDEOS
         return writer
 
     def __enter__(self) -> Self:
@@ -93,53 +107,87 @@ class FeatureWriter:
 
     def close(self) -> None:
         """Let another writer in."""
-        if self._lock:
-            self._lock.close()
+        self._lease.close()
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """What the store is made by: as asked for, with all draws that any run asked for."""
+        return self._header.spec
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the videos of this writer's part, sorted."""
+        return [video_id for video_id in sorted(self._manifest.ids) if self._lease.part.holds(video_id)]
 
     @property
     def failures(self) -> list[VideoRow]:
-        """Rows of the videos that could not be read: id, reason, attempts."""
+        """Rows of the videos whose last attempt failed: id, reason, attempts."""
         return self._catalogue.failures()
 
-    def remaining(self, retry_failed: bool = False) -> list[str]:
-        """Ids without a final row for the features asked for, sorted; a failure is final unless it is to be retried."""
+    def remaining(self, retry: bool = False) -> list[str]:
+        """Ids of videos that lack something asked for, sorted.
+
+        Args:
+            retry: also those that failed for good, or too often.
+        """
         return [
             video_id
-            for video_id in sorted(self._manifest.ids)
-            if (retry_failed if self._has_failed(video_id) else self.missing(video_id))
+            for video_id in self.ids
+            if self.missing(video_id).names and (retry or not self._is_given_up(video_id))
         ]
 
-    def missing(self, video_id: str) -> tuple[str, ...]:
-        """The features asked for that the store lacks of a video; a failed one lacks them all."""
-        if self._has_failed(video_id):
-            return self.features
-        return tuple(name for name in self.features if video_id not in self._catalogue.holders.get(name, ()))
+    def missing(self, video_id: str) -> Missing:
+        """The features asked for that the store lacks of a video, and in which views; what is `void` it lacks, too."""
+        names: set[str] = set()
+        views: list[int] = []
+        for view in range(self._header.spec.frames.n_views):
+            key = (video_id, view)
+            lacks = {
+                name
+                for name in self.features
+                for array in arrays_of(name, self._header.spec.dtype)
+                if key not in self._catalogue.holders.get(array, ()) or array in self.void.get(video_id, ())
+            }
+            if lacks or TIMES in self.void.get(video_id, ()):
+                names |= lacks or set(self.features[:1])
+                views.append(view)
+        return Missing(canonical_features(names, self._header.shape.layers), tuple(views))
 
     def plan(self, ids: Iterable[str]) -> list[list[str]]:
         """Deal videos to shards, in the order of their ids; videos that lack the same features lie together."""
-        groups: dict[tuple[str, ...], list[str]] = {}
+        groups: dict[Missing, list[str]] = {}
         for video_id in sorted(ids):
             groups.setdefault(self.missing(video_id), []).append(video_id)
         shards: list[list[str]] = []
-        for names, group in sorted(groups.items()):
-            size = self._videos_in_a_shard(names)
+        for missing, group in sorted(groups.items()):
+            size = self._videos_in_a_shard(missing)
             shards += [group[at : at + size] for at in range(0, len(group), size)]
         return shards
 
     def begin_shard(self, ids: Sequence[str]) -> ShardBuilder:
         """Begin one shard of a plan; it is numbered now and written when it is committed."""
         number, self._next_number = self._next_number, self._next_number + 1
-        missing = {name for video_id in ids for name in self.missing(video_id)}
+        missing = {name for video_id in ids for name in self.missing(video_id).names}
         self._journal.log("started", shard=number, n_videos=len(ids))
         return ShardBuilder(self, number, ids, canonical_features(missing, self._header.shape.layers))
 
-    def _has_failed(self, video_id: str) -> bool:
-        place = self._catalogue.newest.get(video_id)
-        return place is not None and not self._catalogue.row(place).is_ok
+    def _is_given_up(self, video_id: str) -> bool:
+        """Whether a video failed for good, or for now but too often."""
+        trouble = self._catalogue.troubles.get(video_id)
+        return trouble is not None and (trouble.status == "failed" or trouble.attempts >= _ATTEMPTS)
 
-    def _videos_in_a_shard(self, names: Iterable[str]) -> int:
-        n_bytes = self._header.spec.frames.n_frames * sum(map(self._header.frame_bytes, names))
+    def _videos_in_a_shard(self, missing: Missing) -> int:
+        n_frames = (self._header.spec.frames.n_frames or _USUAL_FRAMES) * len(missing.views)
+        arrays = [array for name in missing.names for array in arrays_of(name, self._header.spec.dtype)]
+        n_bytes = n_frames * sum(map(self._header.frame_bytes, arrays))
         return min(max(_SHARD_BYTES // max(n_bytes, 1), 1), self._shard_videos)
+
+
+class Missing(NamedTuple):
+    """What a store lacks of a video."""
+
+    names: tuple[str, ...]  # canonical
+    views: tuple[int, ...]
 
 
 class ShardBuilder:
@@ -150,43 +198,57 @@ class ShardBuilder:
         self.features = features  # those that the shard's videos lack
         self._writer, self._number = writer, number
         self._awaited = set(ids)
-        self._rows: dict[str, VideoRow] = {}
-        self._arrays: dict[str, dict[str, NDArray]] = {name: {} for name in (*features, TIMES)}
+        self._rows: dict[Key, VideoRow] = {}
+        arrays = [array for name in features for array in arrays_of(name, writer._header.spec.dtype)]
+        self._arrays: dict[str, dict[Key, NDArray]] = {name: {} for name in (*arrays, TIMES)}
         self._began = time.perf_counter()
 
-    def add(
-        self, video_id: str, features: Mapping[str, NDArray | Tensor], video: DecodedVideo, seconds: float = 0.0
-    ) -> None:
-        """Keep one video's features; the arrays are not copied before the commit.
+    @property
+    def n_bytes(self) -> int:
+        """What it holds so far."""
+        return sum(part.nbytes for parts in self._arrays.values() for part in parts.values())
+
+    def add(self, video_id: str, features: Mapping[str, NDArray | Tensor], video: DecodedVideo) -> None:
+        """Keep one video's features.
 
         Args:
-            features: canonical name -> [T, ...]; those that the store already has are left out. Floats are converted to
-                the store's dtype; uint16 holds the bits of bfloat16.
-            video: as it was decoded; its pixels are not looked at.
-            seconds: that the video took.
+            features: array name -> one entry for each crop of the video [n, ...], which `video.rows` deals to its views;
+                those that the store already has are left out. Floats are converted to the store's dtype; uint16 holds
+                the bits of bfloat16; int8 tokens may come as floats, or with their scales.
+            video: as it was decoded.
         """
-        n_frames = len(video.timestamps_s)
         self._arrived(video_id)
-        for name in self.features:
-            self._arrays[name][video_id] = self._storable(name, features[name], n_frames)
-        self._arrays[TIMES][video_id] = np.ascontiguousarray(video.timestamps_s, dtype=np.float64)
-        self._rows[video_id] = VideoRow(
-            video_id,
-            "ok",
-            n_frames=n_frames,
-            n_repeated=video.n_repeated,
-            decoder=video.decoder,
-            attempts=self._attempt(video_id),
-            content_hash=video.content_sha256,
-            seconds=seconds,
-        )
-
-    def fail(self, video_id: str, reason: str, seconds: float = 0.0) -> None:
-        """Keep why a video has no features."""
-        self._arrived(video_id)
+        n_crops = int(video.rows.max()) + 1
+        stored = self._storable(features, n_crops)
         attempt = self._attempt(video_id)
-        self._rows[video_id] = VideoRow(video_id, "failed", reason, attempts=attempt, seconds=seconds)
-        self._writer._journal.log("failed", video_id=video_id, reason=reason, attempt=attempt, seconds=seconds)
+        for i, view in enumerate(video.views):
+            rows, key = video.rows[i], (video_id, view)
+            for name, frames in stored.items():
+                is_whole = len(rows) == len(frames) and (np.diff(rows) == 1).all()
+                self._arrays[name][key] = frames if is_whole else frames[rows]
+            self._arrays[TIMES][key] = np.ascontiguousarray(video.timestamps_s[i], dtype=np.float64)
+            self._rows[key] = VideoRow(
+                video_id,
+                "ok",
+                n_frames=len(rows),
+                n_repeated=int(video.n_repeated[i]),
+                view=view,
+                n_source_frames=video.n_source_frames,
+                kept=video.kept,
+                source_bytes=video.source_bytes,
+                decoder=video.decoder,
+                attempts=attempt,
+                content_hash=video.content_sha256,
+                seconds=video.seconds,
+            )
+
+    def fail(self, video_id: str, reason: str, *, is_final: bool = True, seconds: float = 0.0) -> None:
+        """Keep why a video has no features; what is not final is tried again by the next run."""
+        self._arrived(video_id)
+        attempt, status = self._attempt(video_id), "failed" if is_final else "deferred"
+        self._rows[video_id, 0] = VideoRow(video_id, status, reason, attempts=attempt, seconds=seconds)
+        facts = {"video_id": video_id, "reason": reason, "attempt": attempt, "seconds": round(seconds, 3)}
+        self._writer._journal.log(status, **facts)
 
     def commit(self) -> None:
         """Write what has arrived, all of it or nothing; a reader that opens the store from now on sees it.
@@ -194,17 +256,18 @@ class ShardBuilder:
         Raises:
             StoreError: the disk is full or failing; the store is as it was.
         """
-        rows = [self._rows[video_id] for video_id in sorted(self._rows)]
+        rows = [self._rows[key] for key in sorted(self._rows)]
         if not rows:
             return
-        ok = [row.video_id for row in rows if row.is_ok]
-        arrays = {name: [parts[video_id] for video_id in ok] for name, parts in self._arrays.items()}
+        ok = [(row.video_id, row.view) for row in rows if row.is_ok]
+        arrays = {name: [parts[key] for key in ok] for name, parts in self._arrays.items()}
+        self._writer._lease.check()
         shard = write_shard(self._writer.path / SHARDS, self._number, rows, arrays)
         self._writer._catalogue.add(shard)
         self._writer._journal.log(
             "done",
             shard=self._number,
-            n_ok=len(ok),
+            n_ok=len({video_id for video_id, _ in ok}),
             n_failed=len(rows) - len(ok),
             seconds=round(time.perf_counter() - self._began, 3),
         )
@@ -216,65 +279,76 @@ class ShardBuilder:
 
     def _attempt(self, video_id: str) -> int:
         """Which attempt at the video this is, counted over runs."""
-        place = self._writer._catalogue.newest.get(video_id)
-        last = None if place is None else self._writer._catalogue.row(place)
-        return 1 if last is None or last.is_ok else last.attempts + 1
+        last = self._writer._catalogue.troubles.get(video_id)
+        return 1 if last is None else last.attempts + 1
 
-    def _storable(self, name: str, frames: NDArray | Tensor, n_frames: int) -> NDArray:
-        """Frames as the bytes that the store holds; raises ValueError for those of another shape or kind."""
+    def _storable(self, features: Mapping[str, NDArray | Tensor], n_crops: int) -> dict[str, NDArray]:
+        """Features as the arrays that the store holds; raises ValueError for those of another shape or kind."""
+        header, arrays = self._writer._header, dict[str, Tensor]()
+        for name in self.features:
+            frames = torch.as_tensor(features[name])
+            if frames.is_floating_point():
+                arrays |= rounded(name, frames.detach().cpu(), header.spec.dtype)
+            else:
+                arrays |= {array: torch.as_tensor(features[array]) for array in arrays_of(name, header.spec.dtype)}
+        return {name: self._checked(name, frames, n_crops) for name, frames in arrays.items()}
+
+    def _checked(self, name: str, frames: Tensor, n_crops: int) -> NDArray:
         header = self._writer._header
-        dtype, tensor = getattr(torch, header.dtype(name)), torch.as_tensor(frames)
-        if tensor.shape != (n_frames, *header.frame_shape(name)) or n_frames < 1:
-            raise ValueError(f"{name} must be [{n_frames}, {header.frame_shape(name)}], not {list(tensor.shape)}")
-        if dtype == torch.bfloat16 and tensor.dtype == torch.uint16:
-            return tensor.numpy()
-        if tensor.is_floating_point() != dtype.is_floating_point:
-            raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
-        tensor = tensor.detach().to("cpu", dtype).contiguous()
-        return (tensor.view(torch.uint16) if dtype == torch.bfloat16 else tensor).numpy()
+        dtype = getattr(torch, header.dtype(name))
+        if frames.shape != (n_crops, *header.frame_shape(name)) or n_crops < 1:
+            raise ValueError(f"{name} must be [{n_crops}, {header.frame_shape(name)}], not {list(frames.shape)}")
+        if dtype == torch.bfloat16:
+            frames, dtype = frames.view(torch.uint16), torch.uint16
+        if frames.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, not {frames.dtype}")
+        return frames.contiguous().numpy()
 
 
 def _refuse_other_folder(path: Path) -> None:
     """Refuse a folder that is neither a store, nor one that was just begun, nor empty."""
     if (path / HEADER).exists() or not path.is_dir():
         return
-    begun = {_LOCK, MANIFEST, *(() if committed(path / SHARDS) else (SHARDS,))}
+    begun = {LEASES, MANIFEST, *(() if committed(path / SHARDS) else (SHARDS,))}
     if strangers := sorted(p.name for p in path.iterdir() if p.name not in begun and ".new." not in p.name):
         raise StoreError(
             f"{path} is neither a feature store nor empty", seen=listed(strangers), fix="Name a new folder."
         )
 
 
-def _take_lock(path: Path) -> Descriptor:
-    """Be the one writer; the system lets go when the process ends, however it ends."""
-    file = path / _LOCK
-    lock = Descriptor(str(file), os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StoreError(
-            f"another extract ({file.read_text() or 'just started'}) is writing {path}", fix="Wait for it, or end it."
-        ) from error
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be locked: {error}", fix="Write to a file system that has locks, and copy the store."
-        ) from error
-    os.ftruncate(lock.number, 0)
-    os.pwrite(lock.number, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return lock
-
-
 def _new_header(
-    path: Path, spec: FeatureSpec, shape: TowerShape, names: tuple[str, ...], manifest: Manifest, catalogue: Catalogue
+    path: Path,
+    spec: FeatureSpec,
+    shape: TowerShape,
+    names: tuple[str, ...],
+    manifest: Manifest,
+    catalogue: Catalogue,
+    others: int,
 ) -> Header:
-    """The header that a store shall have; refuses one that cannot go on as this spec or this manifest."""
+    """The header that a store shall have; refuses one that cannot go on as this spec or this manifest.
+
+    While `others` write other parts, the spec and the manifest must be theirs.
+    """
     asked, created_at = names, datetime.now(UTC).isoformat(timespec="seconds")
     stored = Header.read(path) if (path / HEADER).exists() else None
-    if stored and catalogue.shards:  # a store without a shard is bound to nothing
+    if stored and others and stored.manifest_fingerprint != manifest.fingerprint:
+        raise StoreError(
+            f"{path} is being written by {others} others from another manifest",
+            seen=manifest.fingerprint,
+            wanted=stored.manifest_fingerprint,
+            fix="Wait for them, or give the same manifest.",
+        )
+    if stored and (catalogue.shards or others):  # a store without a shard is bound to nothing
         stored.spec.expect(spec, f"the store {path}")
+        spec = dataclasses.replace(spec, frames=_with_draws(spec.frames, stored.spec.frames.draws))
         _refuse_other_videos(_manifest_of(path, stored), manifest, catalogue)
         asked, created_at = canonical_features((*stored.features, *names), shape.layers), stored.created_at
     return Header(spec, shape, asked, manifest.fingerprint, created_at, f"coldframe {version('coldframe')}")
+
+
+def _with_draws(frames: FrameSpec, draws: int) -> FrameSpec:
+    """The same with as many draws at least: another run may have added some."""
+    return dataclasses.replace(frames, draws=max(frames.draws, draws))
 
 
 def _manifest_of(path: Path, header: Header) -> Manifest | None:
@@ -295,7 +369,7 @@ def _refuse_other_videos(stored: Manifest | None, given: Manifest, catalogue: Ca
         old = stored.by_id.get(video_id)
         return old is None or (old.start_s, old.end_s) != (new.start_s, new.end_s)
 
-    ok = sorted(row.video_id for row in catalogue.rows() if row.is_ok)
+    ok = sorted(row.video_id for row in catalogue.rows() if row.view == 0)
     if others := [video_id for video_id in ok if is_another(video_id)]:
         raise StoreError(
             f"{len(others)} videos of the store are not in the manifest {given.name}, or at other times",

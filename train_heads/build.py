@@ -39,7 +39,7 @@ def build_head(
     spec = find(name)
     store.require(needed_features(name, config, store), wanted_by=name)
     tower = frozen_tower(store.spec.tower, device)
-    context = HeadContext(store.shape, store.spec.frames.n_frames, tuple(class_names), tower)
+    context = HeadContext(store.shape, store.spec.frames.n_frames or store.longest, tuple(class_names), tower)
     with own_randomness(device):
         reseed(device, seed)
         head = spec.build(config, context)

@@ -28,10 +28,16 @@ TRANSFORM = TransformSpec(size_px=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 class Info:
     """What a decoder says of a video."""
 
-    timestamps_s: np.ndarray
-    n_repeated: int = 0
+    rows: np.ndarray  # [V, T]
+    timestamps_s: np.ndarray  # [V, T]
+    n_repeated: np.ndarray  # [V]
     decoder: str = "pyav"
     content_sha256: str = ""
+    n_source_frames: int = 100
+    source_bytes: int = 1000
+    kept: float = 1.0
+    views: tuple[int, ...] = (0,)
+    seconds: float = 0.0
 
 
 class Toy:
@@ -61,7 +67,9 @@ class Toy:
         return (rng.integers(-128, 128, shape) / 16).astype(np.float32)
 
     def info(self, n_frames: int = 3, **facts: Any) -> Any:
-        return Info(np.arange(n_frames) / 25, **facts)
+        n_views = len(facts.get("views", (0,)))
+        rows = np.tile(np.arange(n_frames), (n_views, 1))
+        return Info(facts.pop("rows", rows), rows / 25, np.full(n_views, facts.pop("n_repeated", 0)), **facts)
 
     def open(self, ids: Iterable[str], features: Iterable[str], **spec: Any) -> FeatureWriter:
         return FeatureWriter.open(self.path, self.spec(**spec), SHAPE, features, self.manifest(ids))
@@ -74,14 +82,14 @@ class Toy:
         lengths: Mapping[str, int] | None = None,
         failed: Mapping[str, str] | None = None,
         seed: int = 0,
-        retry_failed: bool = False,
+        retry: bool = False,
         per_shard: int | None = None,
         **spec: Any,
     ) -> FeatureStore:
         """Do what `extract` would, with `failed` videos failing for the reason given; then open the store."""
         lengths, failed = lengths or {}, failed or {}
         with self.open(ids, features, **spec) as writer:
-            plan = writer.plan(writer.remaining(retry_failed))
+            plan = writer.plan(writer.remaining(retry))
             if per_shard:
                 plan = [part[at : at + per_shard] for part in plan for at in range(0, len(part), per_shard)]
             for part in plan:

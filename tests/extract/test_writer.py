@@ -64,9 +64,9 @@ def test_failures_are_final_until_they_are_retried(toy) -> None:
     ]
     with toy.open(IDS, ["embedding", "tokens.2"]) as writer:
         assert writer.remaining() == []
-        assert writer.remaining(retry_failed=True) == [IDS[2], IDS[7]]
+        assert writer.remaining(retry=True) == [IDS[2], IDS[7]]
         assert writer.failures == store.failures
-    store = toy.write(IDS, failed={IDS[7]: "timed out"}, retry_failed=True)
+    store = toy.write(IDS, failed={IDS[7]: "timed out"}, retry=True)
     assert [(row.video_id, row.attempts) for row in store.failures] == [(IDS[7], 2)]
     assert set(store.ids) == set(IDS) - {IDS[7]}
 
@@ -74,7 +74,7 @@ def test_failures_are_final_until_they_are_retried(toy) -> None:
 def test_a_retry_may_ask_for_what_an_older_shard_holds(toy) -> None:
     toy.write(IDS[:2], ["embedding"])
     toy.write(IDS[:2], ["tokens.1"], failed={IDS[0]: "gone"})
-    store = toy.write(IDS[:2], ["embedding"], retry_failed=True)
+    store = toy.write(IDS[:2], ["embedding"], retry=True)
     assert store.failures == []
     assert store.features == ("embedding",)
     store = toy.write(IDS[:2], ["tokens.1"])
