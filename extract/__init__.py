@@ -7,7 +7,7 @@
     writer.py     the store as extract writes it  text.py        class names × templates → text features
     store.py      the store as others read it     batches.py     features of many videos as one batch
     catalogue.py  which row of a video counts     tiny/          coldframe-tiny, the CLIP that ships with the package
-    shards.py     one shard, both directions
+    shards.py     one shard, both directions      doctor.py      whether this machine is fit; machine.py, what it is
     arrays.py     one array of it: raw zarr v3    journal.py     what happened, event by event
 
 House letters, in every shape and einops pattern of the project:
