@@ -124,12 +124,8 @@ def examine(store: Path | None = None, *, limit_s: float = _LIMIT_S) -> Report:
         *_check_gpus(decoders["pyav"]),
         _attempt("store folder", partial(_check_folder, folder)),
     ]
-    found = versions()
-    if decoders["pyav"].is_ok:
-        from .frames import decoder_versions
-
-        found |= {"FFmpeg of av": ", ".join(f"{name} {number}" for name, number in decoder_versions().items())}
-    return Report(found, limits(), tuple(checks))
+    ffmpeg = _attempt("FFmpeg of av", lambda: _with(decoders["pyav"], _ffmpeg))
+    return Report(versions() | {ffmpeg.name: ffmpeg.detail}, limits(), tuple(checks))
 
 
 def _attempt(name: str, check: Callable[[], str], needed: bool = True) -> Check:
@@ -190,6 +186,12 @@ def _published(module: str) -> str:
     """Which packages on this machine may have brought a decoder: decord and decord2 share their import name."""
     installed = [f"{package} {release(package)}" for package in (module, f"{module}2") if release(package)]
     return " and ".join(installed) or "no package"
+
+
+def _ffmpeg() -> str:
+    from .frames import decoder_versions
+
+    return ", ".join(f"{library} {number}" for library, number in decoder_versions().items())
 
 
 def _check_frames(decoders: dict[str, Check], limit_s: float) -> Iterator[Check]:
