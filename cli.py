@@ -1,7 +1,7 @@
 """The program: `coldframe COMMAND`, or `python cli.py COMMAND`. Parse, call one pipeline, print.
 
-Exit codes: 0 done · 2 a mistake that the user can mend (one line says how) · 3 done, but some videos failed ·
-130 interrupted, and the same command goes on.
+Exit codes: 0 done · 2 a mistake that the user can mend (one line says how) · 3 done, but some videos failed, or checks of
+doctor · 130 interrupted, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -385,6 +385,25 @@ def manifest_check(
     listed = "".join(f"\nmissing: {video_id}" for video_id in missing) or "\nevery file is there"
     show(facts, made.describe() + listed, as_json)
     raise typer.Exit(3 if missing else 0)
+
+
+@app.command(**about("Check this machine and this installation.", "doctor --store store"))
+def doctor(
+    store: Annotated[
+        Path | None, typer.Option("--store", "-s", help="Also check locks and disk of this folder; nothing is kept.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Versions, decoders, GPUs, limits, and a self-test against open_clip: what to paste into a report of a bug.
+
+    The exit code is 3 if anything failed that extraction needs.
+    """
+    from coldframe.extract.doctor import examine
+
+    found = examine(store)
+    show(found.to_json(), found.describe(), as_json)
+    if not found.is_fit:
+        raise typer.Exit(3)
 
 
 @app.command(**about("See it work: no data, GPU or network.", "demo --out demo"))

@@ -201,6 +201,12 @@ def write_video(
         unfinished.unlink(missing_ok=True)
 
 
+def decoder_versions() -> dict[str, str]:
+    """The releases of PyAV's FFmpeg and of its libraries."""
+    libraries = {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
+    return {"FFmpeg": av.ffmpeg_version_info, **libraries}
+
+
 class Picked(NamedTuple):
     """What a decoder hands back, besides the crops."""
 

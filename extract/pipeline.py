@@ -169,11 +169,7 @@ def extract(
         writer.void = void or {}
         todo = writer.remaining(retry=options.retry)
         again = set(todo)
-        report.failures = {
-            row.video_id: row.reason
-            for row in writer.failures
-            if row.video_id in manifest.by_id and row.video_id not in again
-        }
+        report.failures = {row.video_id: row.reason for row in writer.failures if row.video_id not in again}
         report.n_present = len(writer.ids) - len(todo) - report.n_failed
         if todo:
             names = canonical_features({n for key in todo for n in writer.missing(key).names}, tower.shape.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,8 +16,9 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from open_clip.transformer import QuickGELU, VisionTransformer
+from PIL import Image
 from torch import Tensor, nn
 
 from ..data_manifests.errors import ConfigError, UnknownName
@@ -58,6 +60,19 @@ def transform_of(module: nn.Module) -> TransformSpec:
         resize_mode=facts["resize_mode"],
         fill_color=facts["fill_color"],
     )
+
+
+def expect_transform(module: nn.Module, transform: TransformSpec) -> None:
+    """Make a model expect another evaluation transform: the inverse of `transform_of`."""
+    facts = dataclasses.asdict(transform)
+    open_clip.set_model_preprocess_cfg(module, {"size": facts.pop("size_px"), "mode": "RGB", **facts})
+
+
+def reference_transform(module: nn.Module) -> Callable[[Image.Image], Tensor]:
+    """open_clip's own evaluation transform of a model, picture → [3, S, S], to which ours is held."""
+    facts = merge_preprocess_dict(PreprocessCfg(), open_clip.get_model_preprocess_cfg(module))
+    made: Any = image_transform_v2(PreprocessCfg(**facts), is_train=False)  # for training it would be something else
+    return made
 
 
 def tokenizer_of(model: str) -> Callable[..., Tensor]:

@@ -83,10 +83,13 @@ class FrameSpec:
 
     def describe(self) -> str:
         """For people: what a row holds."""
-        length = (
-            {"fps": f"{self.rate_fps:g} a second", "all": "all"}.get(self.sampling) if self.n_frames is None else ""
-        )
-        words = [length or f"{self.n_frames} {self.sampling}"]
+        match self.sampling:
+            case "fps":
+                words = [f"{self.rate_fps:g} a second"]
+            case "all":
+                words = ["all"]
+            case _:
+                words = [f"{self.n_frames} {self.sampling}"]
         words += [f"{self.stride} apart"] if self.stride else []
         words += [f"{self.n_clips} clips"] if self.n_clips > 1 else []
         words += [f"{self.crops} crops{' flipped at random' if self.flip else ''}"] if self.crops else []

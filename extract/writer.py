@@ -119,10 +119,13 @@ class FeatureWriter:
         """Ids of the videos of this writer's part, sorted."""
         return [video_id for video_id in sorted(self._manifest.ids) if self._lease.part.holds(video_id)]
 
+    def _is_mine(self, video_id: str) -> bool:
+        return video_id in self._manifest.by_id and self._lease.part.holds(video_id)
+
     @property
     def failures(self) -> list[VideoRow]:
-        """Rows of the videos whose last attempt failed: id, reason, attempts."""
-        return self._catalogue.failures()
+        """Rows of the videos of this part that lack something asked for because the last attempt failed."""
+        return [row for row in self._catalogue.failures() if self._is_mine(row.video_id) and self.missing(row.video_id).names]
 
     def remaining(self, retry: bool = False) -> list[str]:
         """Ids of videos that lack something asked for, sorted.

@@ -80,9 +80,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
                 shard.fail(record.video_id, "corrupt: no frame could be read")
                 continue
             embedding = np.tile(np.eye(3, dtype=np.float32)[record.label or 0], (2, 1))
-            pixels = np.zeros((2, 3, 8, 8), dtype=np.uint8)
-            facts = {"pixels": pixels, "timestamps_s": np.arange(2.0), "indices": np.arange(2), "n_source_frames": 2}
-            video = DecodedVideo(**facts, n_repeated=0, decoder="pyav", content_sha256="")
+            rows = np.arange(2)[None]
+            facts = {"indices": rows, "n_source_frames": 2, "content_sha256": "", "source_bytes": 9}
+            video = DecodedVideo(rows, rows / 1.0, n_repeated=np.zeros(1, int), decoder="pyav", **facts)
             shard.add(record.video_id, {"embedding": embedding}, video)
         shard.commit()
     return FeatureStore.open(path)

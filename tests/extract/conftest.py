@@ -81,13 +81,14 @@ class Toy:
         *,
         lengths: Mapping[str, int] | None = None,
         failed: Mapping[str, str] | None = None,
+        deferred: Mapping[str, str] | None = None,
         seed: int = 0,
         retry: bool = False,
         per_shard: int | None = None,
         **spec: Any,
     ) -> FeatureStore:
         """Do what `extract` would, with `failed` videos failing for the reason given; then open the store."""
-        lengths, failed = lengths or {}, failed or {}
+        lengths, failed, deferred = lengths or {}, failed or {}, deferred or {}
         with self.open(ids, features, **spec) as writer:
             plan = writer.plan(writer.remaining(retry))
             if per_shard:
@@ -98,6 +99,8 @@ class Toy:
                     n = lengths.get(i, 3)
                     if i in failed:
                         shard.fail(i, failed[i])
+                    elif i in deferred:
+                        shard.fail(i, deferred[i], is_final=False)
                     else:
                         content = f"version {seed}"
                         arrays = {name: self.numbers(i, name, n, seed) for name in shard.features}

@@ -13,10 +13,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from coldframe.data_manifests.errors import ConfigError, UnknownName
-from coldframe.extract.pretrained import load_model
+from coldframe.extract.pretrained import expect_transform, load_model, reference_transform, transform_of
+from coldframe.extract.specs import TransformSpec
 from coldframe.extract.tiny import WEIGHTS
 from coldframe.extract.towers import Tower, TowerError, load_tower
 
@@ -288,3 +290,14 @@ def test_only_square_crops_are_supported(tmp_path: Path) -> None:
     wide = SMALL | {"vision_cfg": SMALL["vision_cfg"] | {"image_size": [32, 64]}}
     with pytest.raises(TowerError, match="square crops are supported; found 32 x 64"):
         load_tower(write_architecture(tmp_path, "test-wide", wide), "random", device="cpu")
+
+
+def test_a_model_expects_the_transform_it_is_given(quick: str) -> None:
+    module, *_ = load_model(quick, "random", 0)
+    other = TransformSpec(48, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), "bilinear", "longest", fill_color=7)
+    expect_transform(module, other)
+    assert transform_of(module) == other
+    seen = reference_transform(module)(Image.new("RGB", (96, 24)))  # black, on a ground of 7 above and below
+    assert seen.shape == (3, 48, 48)
+    torch.testing.assert_close(seen[:, 24, 24], -torch.tensor(other.mean) / torch.tensor(other.std))
+    torch.testing.assert_close(seen[:, 0, 0], (7 / 255 - torch.tensor(other.mean)) / torch.tensor(other.std))

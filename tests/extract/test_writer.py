@@ -71,22 +71,35 @@ def test_failures_are_final_until_they_are_retried(toy) -> None:
     assert set(store.ids) == set(IDS) - {IDS[7]}
 
 
-def test_a_retry_may_ask_for_what_an_older_shard_holds(toy) -> None:
+def test_a_failure_takes_nothing_away_that_an_earlier_run_could_read(toy) -> None:
     toy.write(IDS[:2], ["embedding"])
-    toy.write(IDS[:2], ["tokens.1"], failed={IDS[0]: "gone"})
-    store = toy.write(IDS[:2], ["embedding"], retry=True)
-    assert store.failures == []
+    store = toy.write(IDS[:2], ["tokens.1"], failed={IDS[0]: "gone"})
+    assert [row.video_id for row in store.failures] == [IDS[0]]
+    assert store.ids == tuple(IDS[:2])
     assert store.features == ("embedding",)
-    store = toy.write(IDS[:2], ["tokens.1"])
+    np.testing.assert_array_equal(store.read("embedding", IDS[0]), toy.numbers(IDS[0], "embedding"))
+    with toy.open(IDS[:2], ["embedding"]) as writer:
+        assert (writer.failures, writer.remaining(retry=True)) == ([], [])  # it lacks nothing of what is asked for
+    store = toy.write(IDS[:2], ["tokens.1"], retry=True)
+    assert store.failures == []
     assert store.features == ("embedding", "tokens.1")
+
+
+def test_what_failed_for_now_is_tried_again_a_few_times(toy) -> None:
+    for attempt in (1, 2, 3):
+        store = toy.write(IDS[:2], deferred={IDS[0]: "file is missing"})
+        assert [(row.status, row.attempts) for row in store.failures] == [("deferred", attempt)]
+    with toy.open(IDS[:2], ["embedding", "tokens.2"]) as writer:
+        assert writer.remaining() == []
+        assert writer.remaining(retry=True) == [IDS[0]]
 
 
 def test_an_added_feature_is_written_alone_and_for_those_that_lack_it(toy) -> None:
     toy.write(IDS[:3], ["embedding", "tokens.2"])
     n_before = len(committed(toy.path / "shards"))
     with toy.open(IDS, ["tokens.1", "tokens.2"]) as writer:
-        assert writer.missing(IDS[0]) == ("tokens.1",)
-        assert writer.missing(IDS[5]) == ("tokens.1", "tokens.2")
+        assert writer.missing(IDS[0]) == (("tokens.1",), (0,))
+        assert writer.missing(IDS[5]) == (("tokens.1", "tokens.2"), (0,))
         plan = writer.plan(writer.remaining())
         assert plan == [IDS[:3], IDS[3:]]
         assert [writer.begin_shard(ids).features for ids in plan] == [("tokens.1",), ("tokens.1", "tokens.2")]
