@@ -125,7 +125,11 @@ class FeatureWriter:
     @property
     def failures(self) -> list[VideoRow]:
         """Rows of the videos of this part that lack something asked for because the last attempt failed."""
-        return [row for row in self._catalogue.failures() if self._is_mine(row.video_id) and self.missing(row.video_id).names]
+        return [
+            row
+            for row in self._catalogue.failures()
+            if self._is_mine(row.video_id) and self.missing(row.video_id).names
+        ]
 
     def remaining(self, retry: bool = False) -> list[str]:
         """Ids of videos that lack something asked for, sorted.

@@ -12,20 +12,25 @@ from coldframe.extract.catalogue import Catalogue, Header
 from coldframe.extract.shards import Shard, VideoRow
 
 
-def shard(number: int, arrays: tuple[str, ...], **rows: str) -> Shard:
+def shard(number: int, arrays: tuple[str, ...], view: int = 0, **rows: str) -> Shard:
     """Rows by id: a content hash, or `failed`."""
-    made = [VideoRow(i, "failed" if c == "failed" else "ok", n_frames=1, content_hash=c) for i, c in rows.items()]
+    made = [
+        VideoRow(i, "failed" if c == "failed" else "ok", n_frames=1, content_hash=c, view=view) for i, c in rows.items()
+    ]
     return Shard(Path(f"{number:05d}-00000000"), tuple(made), arrays)
 
 
 def places(catalogue: Catalogue) -> dict[str, dict[str, int]]:
-    return {name: {i: place[0] for i, place in held.items()} for name, held in catalogue.holders.items()}
+    """The shard that holds each array of the first views."""
+    return {
+        name: {i: place[0] for (i, view), place in held.items() if not view} for name, held in catalogue.holders.items()
+    }
 
 
 def test_an_added_feature_leaves_the_others() -> None:
     catalogue = Catalogue([shard(0, ("x",), a="1", b="1"), shard(1, ("y",), a="1")])
     assert places(catalogue) == {"x": {"a": 0, "b": 0}, "y": {"a": 1}}
-    assert catalogue.newest == {"a": (1, 0), "b": (0, 1)}
+    assert catalogue.newest == {("a", 0): (1, 0), ("b", 0): (0, 1)}
 
 
 def test_the_newer_of_two_shards_wins() -> None:
@@ -38,9 +43,19 @@ def test_another_content_makes_older_features_void() -> None:
     assert places(catalogue) == {"x": {"a": 1, "b": 0}, "y": {"b": 0}}
 
 
-def test_a_newer_failure_counts_and_a_later_success_finds_the_old_features() -> None:
+def test_views_are_added_and_void_together() -> None:
+    catalogue = Catalogue([shard(0, ("x",), a="1"), shard(1, ("x",), view=1, a="1"), shard(2, ("x",), view=2, a="1")])
+    assert list(catalogue.views("a")) == [0, 1, 2]
+    assert catalogue.holders["x"]["a", 2] == (2, 0)
+    catalogue.add(shard(3, ("x",), a="2"))
+    assert list(catalogue.views("a")) == [0]
+    assert catalogue.holders["x"] == {("a", 0): (3, 0)}
+
+
+def test_a_newer_failure_is_told_and_takes_nothing_away() -> None:
     catalogue = Catalogue([shard(0, ("x",), a="1"), shard(1, ("y",), a="failed")])
     assert [row.video_id for row in catalogue.failures()] == ["a"]
+    assert places(catalogue) == {"x": {"a": 0}}
     catalogue.add(shard(2, ("y",), a="1"))
     assert catalogue.failures() == []
     assert places(catalogue) == {"x": {"a": 0}, "y": {"a": 2}}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from coldframe.extract import writer as writer_module
 from coldframe.extract.arrays import StoreError
 from coldframe.extract.catalogue import Header
 from coldframe.extract.journal import read_journal
+from coldframe.extract.leases import Part
 from coldframe.extract.shards import committed
-from coldframe.extract.specs import SpecMismatch
+from coldframe.extract.specs import FrameSpec, SpecMismatch
 from coldframe.extract.store import FeatureStore
 from coldframe.extract.writer import FeatureWriter
 
@@ -151,7 +154,7 @@ def test_another_spec_is_refused_by_the_name_of_the_field(toy) -> None:
 
 
 def test_two_writers_at_once_are_refused(toy) -> None:
-    with toy.open(IDS, ["embedding"]), pytest.raises(StoreError, match=r"another extract \(pid \d+ on .*\) is writing"):
+    with toy.open(IDS, ["embedding"]), pytest.raises(StoreError, match=r"another extract is writing .* pid \d+ on"):
         toy.open(IDS, ["embedding"])
     first = toy.open(IDS, ["embedding"])
     del first
@@ -161,23 +164,96 @@ def test_two_writers_at_once_are_refused(toy) -> None:
 def test_a_writer_in_another_process_is_refused_and_its_death_lets_go(toy) -> None:
     toy.open(IDS, ["embedding"]).close()
     code = """
-import fcntl, os, sys
-lock = os.open(sys.argv[1], os.O_RDWR)
-fcntl.flock(lock, fcntl.LOCK_EX)
-os.pwrite(lock, b"pid 12345 on elsewhere", 0)
-print("locked", flush=True)
+import sys
+from pathlib import Path
+from coldframe.extract.leases import Lease
+lease = Lease.take(Path(sys.argv[1]))
+print("taken", flush=True)
 sys.stdin.read()
 """
-    command = [sys.executable, "-c", code, str(toy.path / "lock")]
+    command = [sys.executable, "-c", code, str(toy.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(StoreError, match="pid 12345 on elsewhere"):
+        assert other.stdout.readline() == b"taken\n"
+        with pytest.raises(StoreError, match=f"pid {other.pid}"):
             toy.open(IDS, ["embedding"])
         FeatureStore.open(toy.path)
         other.kill()
         other.wait()
     toy.open(IDS, ["embedding"]).close()
+
+
+def test_parts_are_written_side_by_side_and_make_one_store(toy) -> None:
+    parts = [Part(0, 2), Part(1, 2)]
+    open_part = partial(FeatureWriter.open, toy.path, toy.spec(), toy.shape, ["embedding"], toy.manifest(IDS))
+    with open_part(part=parts[0]) as first, open_part(part=parts[1]) as second:
+        assert sorted(first.ids + second.ids) == sorted(IDS)
+        assert 0 < len(first.ids) < len(IDS)
+        with pytest.raises(StoreError, match="writing"):
+            open_part(part=Part(0, 4))
+        for writer in (first, second):
+            shard = writer.begin_shard(writer.remaining())
+            for i in writer.ids:
+                shard.add(i, {"embedding": toy.numbers(i, "embedding")}, toy.info())
+            shard.commit()
+    store = FeatureStore.open(toy.path)
+    assert store.ids == tuple(sorted(IDS))
+    assert store.bad_videos() == {}
+    with open_part() as whole:
+        assert whole.remaining() == []
+
+
+def test_views_are_rows_and_more_draws_are_new_rows(toy) -> None:
+    def write(draws: int) -> FeatureStore:
+        frames = FrameSpec(3, "random", seed=0, draws=draws)
+        spec = dataclasses.replace(toy.spec(), frames=frames)
+        with FeatureWriter.open(toy.path, spec, toy.shape, ["embedding"], toy.manifest(IDS[:2])) as writer:
+            for ids in writer.plan(writer.remaining()):
+                views = writer.missing(ids[0]).views
+                shard = writer.begin_shard(ids)
+                for i in ids:
+                    numbers = toy.numbers(i, "embedding", 3 * draws)
+                    rows = np.array([[3 * view, 3 * view + 1, 3 * view + 1] for view in views])
+                    shard.add(i, {"embedding": numbers}, toy.info(views=views, rows=rows))
+                shard.commit()
+        return FeatureStore.open(toy.path)
+
+    assert write(2).n_views == 2
+    n_shards = len(committed(toy.path / "shards"))
+    store = write(3)
+    assert (store.n_views, len(committed(toy.path / "shards"))) == (3, n_shards + 1)
+    first = toy.numbers(IDS[0], "embedding", 9)
+    np.testing.assert_array_equal(store.read("embedding", IDS[0], view=2), first[[6, 7, 7]])
+    features, mask = store.gather(IDS[:2], ["embedding"], view=[2, 0])
+    np.testing.assert_array_equal(features["embedding"][0].numpy(), first[[6, 7, 7]])
+    np.testing.assert_array_equal(features["embedding"][1].numpy(), store.read("embedding", IDS[1]))
+    assert mask.all()
+    assert store.bad_videos() == {}
+    with pytest.raises(StoreError, match="no view 3"):
+        store.gather(IDS[:1], ["embedding"], view=3)
+    assert write(1).n_views == 3  # asking for fewer takes none away
+
+
+def test_int8_keeps_a_scale_for_each_token(toy) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(3, 5, 6)).astype(np.float32) * 10.0 ** rng.integers(-3, 3, (3, 5, 1))
+    with toy.open(IDS[:1], ["embedding", "tokens.2"], dtype="int8") as writer:
+        shard = writer.begin_shard(writer.remaining())
+        shard.add(IDS[0], {"embedding": toy.numbers(IDS[0], "embedding"), "tokens.2": tokens}, toy.info())
+        shard.commit()
+    store = FeatureStore.open(toy.path)
+    assert store.features == ("embedding", "tokens.2")
+    (folder,) = committed(toy.path / "shards")
+    arrays = zarr.open_group(folder / "features.zarr", mode="r")
+    assert {name: str(arrays[name].dtype) for name in ("tokens.2", "scale.2", "embedding")} == {
+        "tokens.2": "int8", "scale.2": "float16", "embedding": "float16"
+    }  # fmt: skip
+    read = store.gather(IDS[:1], ["tokens.2"])[0]["tokens.2"][0]
+    assert read.dtype == torch.float16
+    np.testing.assert_array_equal(read.numpy(), store.read("tokens.2", IDS[0]))
+    step = np.abs(tokens).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(read.float().numpy() - tokens) <= 0.51 * step).all()
+    assert store.bad_videos() == {}
 
 
 def test_a_failed_commit_leaves_the_store_as_it_was(toy, monkeypatch: pytest.MonkeyPatch) -> None:
