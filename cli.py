@@ -120,7 +120,9 @@ def extract(
     precision: Annotated[
         str | None, typer.Option(help="Arithmetic of the tower. (default: fp16 on cuda, else fp32)")
     ] = None,
-    device: Device = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto (cuda where there is one), cpu, cuda:1; or several, cuda:0,cuda:1, or all.")
+    ] = "auto",
     batch: Annotated[int, typer.Option(help="Frames to one pass of the tower; halved where memory is short.")] = 64,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the tower: minutes to begin, then faster.")
@@ -161,6 +163,8 @@ def extract(
     from coldframe.extract import extract as extract_features
     from coldframe.extract.leases import Part
 
+    if "," in device or device == "all":
+        raise typer.Exit(run_on_devices(device, store, shard, as_json=as_json, quiet=quiet, has_workers=bool(workers)))
     if on_damage not in ("skip", "salvage", "fail"):
         raise UnknownName("way to treat damage", on_damage, ("skip", "salvage", "fail"))
     is_random = sampling == "random" or crops == "random"
@@ -487,6 +491,19 @@ def fail(line: str) -> NoReturn:
     """One line on standard error, then exit code 2."""
     typer.secho(f"error: {line}", fg="red", err=True)
     sys.exit(2)
+
+
+def run_on_devices(devices: str, store: Path, shard: str, *, as_json: bool, quiet: bool, has_workers: bool) -> int:
+    """Run this very command once for each device, on parts of the videos; gives the exit code."""
+    from coldframe.extract.fleet import run_fleet, split_devices
+    from coldframe.extract.leases import Part
+
+    names = split_devices(devices)
+    share = [] if has_workers else ["--workers", str(max(1, cores() // len(names)))]
+    command = [sys.executable, "-m", "coldframe.cli", *sys.argv[1:], *share]
+    report, code = run_fleet(command, names, store, Part.parse(shard), quiet=quiet)
+    show(report.to_json(), report.describe(), as_json)
+    return code
 
 
 @contextmanager

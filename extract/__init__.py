@@ -10,8 +10,10 @@
     writer.py     the store as extract writes it  compress.py    pooled tokens, int8
     store.py      the store as others read it     batches.py     features of many videos as one batch
     catalogue.py  which row of a video counts     leases.py      who may write what, at the same time
-    shards.py     one shard, both directions      journal.py     what happened, event by event
-    arrays.py     one array of it: raw zarr v3    doctor.py      whether this machine is fit; machine.py, what it is
+    shards.py     one shard, both directions      fleet.py       one command, several devices
+    arrays.py     one array of it: raw zarr v3    journal.py     what happened, event by event
+
+    doctor.py     whether this machine is fit     machine.py     what it is
 
 House letters, in every shape and einops pattern of the project:
 `B` videos in the batch · `T` frames of a video · `F` frames of a shard · `L` tower blocks · `N` patch tokens of a frame ·

@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import av
 import numpy as np
@@ -80,6 +80,13 @@ class DecodedVideo:
     kept: float = 1.0  # share of the promised frames that could be decoded, below 0.95 only where it was salvaged
     views: tuple[int, ...] = (0,)  # their numbers
     seconds: float = 0.0  # that it took
+
+    @classmethod
+    def of_one_view(cls, timestamps_s: ArrayLike, decoder: str, content_sha256: str = "") -> Self:
+        """A video whose crops [T, …] are its one view, frame by frame: what has features without having been decoded."""
+        times = np.asarray(timestamps_s, dtype=np.float64)
+        rows, none = np.arange(len(times))[None], np.zeros(1, np.int64)
+        return cls(rows, times[None], rows, len(times), none, decoder, content_sha256, source_bytes=0)
 
 
 class Sink(Protocol):

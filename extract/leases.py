@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -273,12 +273,11 @@ class Claim:
         if self._lock:
             self._lock.close()
 
-    def _end(self, last: Any) -> None:
+    def _end(self, last: Callable[[], None]) -> None:
         if not self._let_go.is_set():
             self._let_go.set()
             with suppress(OSError):  # it is gone, or soon old
-                if self._folder.read(self._name) in (self._content, b""):
-                    last()
+                last()
         if self._lock:
             self._lock.close()
 
@@ -381,17 +380,34 @@ def _pass_gate(folder: Folder, deadline_s: float) -> Claim:
         if last < 0 or not _is_live(folder, f"gate-{last}"):
             with suppress(FileExistsError):  # somebody was faster
                 claim = Claim(folder, f"gate-{last + 1}")
-                gates = _gates(folder)
-                if max(gates) == last + 1:
-                    for number in gates:
-                        if number < last:  # the one before stays, for those who are just listing the folder
-                            _remove(folder, f"gate-{number}")
-                    return claim
-                claim.remove()  # while this process slept, others passed, and swept away what it took for the next
+                try:
+                    if _sweep_gates(folder, last):
+                        return claim
+                except BaseException:
+                    claim.remove()
+                    raise
+                claim.remove()
         elif time.monotonic() > deadline_s:
             holder = _holder(folder, f"gate-{last}")
             raise StoreError(f"{folder} is being changed by another process", seen=holder, fix="Wait for it, or end it")
         time.sleep(_POLL_S)
+
+
+def _sweep_gates(folder: Folder, last: int) -> bool:
+    """Do away with the gates up to `last`; false if there are more than one behind it.
+
+    Others may have passed while this process slept, and swept away what it took for the next.
+    """
+    gates = _gates(folder)
+    if max(gates) > last + 1:
+        return False
+    for number in gates:
+        if number < last:
+            _remove(folder, f"gate-{number}")
+        elif number == last:  # stays, for those who are listing the folder now; whoever slept there shall learn it
+            with suppress(OSError):
+                folder.write(f"gate-{last}", _RELEASED)
+    return True
 
 
 def _gates(folder: Folder) -> list[int]:

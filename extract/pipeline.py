@@ -159,7 +159,7 @@ def extract(
     """
     options = options or ExtractOptions()
     _refuse_flips(spec, manifest)
-    report = ExtractReport(store, n_videos=len(manifest.records))
+    report = ExtractReport(store)
     started = time.perf_counter()
     asked = canonical_features(features, tower.shape.layers)
     shape = spec.shape_of(tower.shape)
@@ -170,7 +170,8 @@ def extract(
         todo = writer.remaining(retry=options.retry)
         again = set(todo)
         report.failures = {row.video_id: row.reason for row in writer.failures if row.video_id not in again}
-        report.n_present = len(writer.ids) - len(todo) - report.n_failed
+        report.n_videos = len(writer.ids)
+        report.n_present = report.n_videos - len(todo) - report.n_failed
         if todo:
             names = canonical_features({n for key in todo for n in writer.missing(key).names}, tower.shape.layers)
             shards = writer.plan(todo)

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,7 @@ def write(folder: Path) -> tuple[np.memmap, float]:
     transform = TransformSpec(224, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     tower = TowerSpec("ViT-B-16", "random", "0" * 64, quick_gelu=False, precision="fp32", transform=transform)
     records = tuple(VideoRecord(i, i, 0, split="train") for i in IDS)
-    video: Any = SimpleNamespace(timestamps_s=np.arange(N_FRAMES) / 4, n_repeated=0, decoder="none", content_sha256="")
+    video = DecodedVideo.of_one_view(np.arange(N_FRAMES) / 4, "none")
     began = time.perf_counter()
     spec, manifest = FeatureSpec(FrameSpec(N_FRAMES), tower), Manifest("bench", "/videos", ("any",), records)
     with FeatureWriter.open(folder / "store", spec, VITB16, [NAME], manifest) as writer:

@@ -80,9 +80,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
                 shard.fail(record.video_id, "corrupt: no frame could be read")
                 continue
             embedding = np.tile(np.eye(3, dtype=np.float32)[record.label or 0], (2, 1))
-            rows = np.arange(2)[None]
-            facts = {"indices": rows, "n_source_frames": 2, "content_sha256": "", "source_bytes": 9}
-            video = DecodedVideo(rows, rows / 1.0, n_repeated=np.zeros(1, int), decoder="pyav", **facts)
+            video = DecodedVideo.of_one_view(np.arange(2.0), "pyav")
             shard.add(record.video_id, {"embedding": embedding}, video)
         shard.commit()
     return FeatureStore.open(path)

@@ -164,7 +164,7 @@ def test_every_video_is_in_one_part_for_ever() -> None:
     ids = [f"class/{n}.mp4" for n in range(400)]
     parts = [Part(n, 8) for n in range(8)]
     held = [[i for i in ids if part.holds(i)] for part in parts]
-    assert sorted(sum(held, [])) == sorted(ids)
+    assert sorted(i for some in held for i in some) == sorted(ids)
     assert min(map(len, held)) > 25
     assert all(map(WHOLE.holds, ids))
     # sha256 of "abc" ends in 0x15ad, which is 13 modulo 16
@@ -333,6 +333,17 @@ def test_without_locks_a_beating_holder_stays_and_a_killed_one_is_soon_forgotten
     assert names(tmp_path) == []
 
 
+def test_without_locks_a_check_is_a_sign_of_life(tmp_path: Path, no_locks: str, monkeypatch) -> None:
+    monkeypatch.setattr(leases, "_BEAT_S", 100.0)
+    with Lease.take(tmp_path) as lease:
+        for _ in range(12):
+            time.sleep(0.1)
+            lease.check()
+        assert len(live(tmp_path)) == 1
+        time.sleep(0.9)
+        assert live(tmp_path) == []
+
+
 def test_without_locks_a_paused_holder_loses_and_learns_it(tmp_path: Path, peer, no_locks: str) -> None:
     other = peer()
     other.ask(no_locks)
@@ -358,7 +369,8 @@ def test_without_locks_a_paused_guest_loses_its_turn_and_cannot_end_that_of_the_
     time.sleep(1.0)
     with exclusive(tmp_path) as claim:
         os.kill(other.pid, signal.SIGCONT)
-        assert other.ask("gate.__exit__(None, None, None)") == "False"
+        assert other.ask("claim.check()").startswith("StoreError: this process no longer holds")
+        assert other.ask("gate.__exit__(None, None, None)") in ("None", "False")
         claim.check()
         with pytest.raises(StoreError), exclusive(tmp_path, patience_s=0.05):
             pytest.fail("two at once")

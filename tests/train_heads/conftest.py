@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from coldframe.data_manifests.records import Manifest, VideoRecord
+from coldframe.extract.frames import DecodedVideo
 from coldframe.extract.specs import FeatureSpec, FrameSpec, feature_shape
 from coldframe.extract.store import FeatureStore, FeatureWriter
 from coldframe.extract.towers import load_tower
 
 CLASSES = ("run", "jump", "swim")
-DECODED: Any = SimpleNamespace(timestamps_s=np.arange(4.0), n_repeated=0, decoder="none", content_sha256="")
+DECODED = DecodedVideo.of_one_view(np.arange(4.0), "none")
 
 
 @pytest.fixture(scope="session")
