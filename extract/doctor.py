@@ -227,21 +227,23 @@ def _check_decoder(name: str, is_loaded: bool, video: Path, limit_s: float, seen
         spec = FrameSpec(_N_ASKED, decoder=name)
     except UnknownName:
         raise _Skipped("extract does not use it") from None
-    from .frames import DecodedVideo, segment_centres
+    from .sampling import segment_centres
     from .specs import TransformSpec
-    from .workers import DecodePool
+    from .workers import Chunk, DecodePool, Failure, Job
 
     transform = TransformSpec(_SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with DecodePool(spec, transform, workers=1, timeout_s=limit_s) as pool:
-        [(_, answer)] = pool.decode([("drawn", str(video), None, None)])
-    if not isinstance(answer, DecodedVideo):
+        *chunks, answer = (arrival for _, arrival in pool.decode([Job("drawn", str(video))]))
+    if isinstance(answer, Failure):
         raise _CheckFailed(answer.reason)
-    shown, wanted = [_read_number(crop) for crop in answer.pixels], segment_centres(_N_DRAWN, _N_ASKED).tolist()
-    if shown != wanted or answer.indices.tolist() != wanted:
-        raise _CheckFailed(f"shows frames {shown}, says {answer.indices.tolist()}, was asked for {wanted}")
-    seen[name] = answer.pixels
+    assert not isinstance(answer, Chunk)
+    crops = np.concatenate([chunk.crops for chunk in chunks if isinstance(chunk, Chunk)])
+    shown, wanted = [_read_number(crop) for crop in crops], segment_centres(_N_DRAWN, _N_ASKED).tolist()
+    if shown != wanted or answer.indices[0].tolist() != wanted:
+        raise _CheckFailed(f"shows frames {shown}, says {answer.indices[0].tolist()}, was asked for {wanted}")
+    seen[name] = crops
     for other, pixels in seen.items():
-        if not np.array_equal(pixels, answer.pixels):
+        if not np.array_equal(pixels, crops):
             raise _CheckFailed(f"its pixels are not those of {other}")
     same = f", as {' and '.join(other for other in seen if other != name)}" if len(seen) > 1 else ""
     return f"{_N_ASKED} of {_N_DRAWN} frames of an H.264 video are those asked for{same} (by {answer.decoder})"
@@ -276,7 +278,7 @@ def _check_transforms() -> str:
     import torch
     from PIL import Image
 
-    from .frames import resize_and_crop
+    from .crops import resize_and_crop
     from .pretrained import TINY, expect_transform, reference_transform
     from .towers import Tower, load_tower
 
@@ -300,7 +302,7 @@ def _check_transforms() -> str:
 
 def _check_tower(device: str, precisions: tuple[str, ...]) -> str:
     """Embed a drawn picture, and hold the embedding to the one recorded."""
-    from .frames import resize_and_crop
+    from .crops import resize_and_crop
     from .pretrained import TINY
     from .towers import load_tower
 

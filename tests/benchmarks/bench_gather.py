@@ -25,6 +25,7 @@ import torch
 import zarr
 
 from coldframe.data_manifests.records import Manifest, VideoRecord
+from coldframe.extract.frames import DecodedVideo
 from coldframe.extract.specs import FeatureSpec, FrameSpec, TowerShape, TowerSpec, TransformSpec
 from coldframe.extract.store import FeatureStore, FeatureWriter
 

@@ -17,7 +17,7 @@ from av.video.frame import PictureType
 
 from coldframe.cli import main
 from coldframe.data_manifests.errors import ConfigError
-from coldframe.extract import doctor, frames, towers
+from coldframe.extract import crops, doctor, towers
 from coldframe.extract.doctor import Check, examine
 
 SOUND = Check("load", "ok", "")
@@ -149,8 +149,8 @@ def test_a_full_disk_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_a_wrong_crop_is_found_and_the_exit_code_is_3(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = frames.resize_and_crop
-    monkeypatch.setattr(frames, "resize_and_crop", lambda rgb, transform: right(rgb, transform)[::-1].copy())  # BGR
+    right = crops.resize_and_crop
+    monkeypatch.setattr(crops, "resize_and_crop", lambda rgb, transform: right(rgb, transform)[::-1].copy())  # BGR
     monkeypatch.setattr(doctor, "_check_frames", lambda *_: ())  # slow, and not what is broken
     code, out = run(capsys)
     assert code == 3
@@ -161,14 +161,14 @@ def test_a_wrong_crop_is_found_and_the_exit_code_is_3(
 
 
 def test_one_value_that_is_off_by_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = frames.resize_and_crop
+    right = crops.resize_and_crop
 
     def nearly(rgb: np.ndarray, transform: object) -> np.ndarray:
         crop = right(rgb, transform)
         crop[0, 0, 0] ^= 1
         return crop
 
-    monkeypatch.setattr(frames, "resize_and_crop", nearly)
+    monkeypatch.setattr(crops, "resize_and_crop", nearly)
     with pytest.raises(doctor._CheckFailed, match="1 of 12288 values at 64 pixels"):
         doctor._check_transforms()
 

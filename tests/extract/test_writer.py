@@ -212,9 +212,9 @@ def test_views_are_rows_and_more_draws_are_new_rows(toy) -> None:
                 views = writer.missing(ids[0]).views
                 shard = writer.begin_shard(ids)
                 for i in ids:
-                    numbers = toy.numbers(i, "embedding", 3 * draws)
-                    rows = np.array([[3 * view, 3 * view + 1, 3 * view + 1] for view in views])
-                    shard.add(i, {"embedding": numbers}, toy.info(views=views, rows=rows))
+                    numbers = toy.numbers(i, "embedding", 9)[3 * views[0] :][: 3 * len(views)]
+                    rows = np.array([[3 * n, 3 * n + 1, 3 * n + 1] for n in range(len(views))])
+                    shard.add(i, {"embedding": numbers[: rows.max() + 1]}, toy.info(views=views, rows=rows))
                 shard.commit()
         return FeatureStore.open(toy.path)
 
