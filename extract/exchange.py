@@ -278,6 +278,9 @@ def _appearing(to: Path) -> Iterator[Path]:
     part, old = (to.with_name(f".{to.name}.{kind}-{os.getpid()}") for kind in ("part", "old"))
     try:
         yield part
+        if part.is_file():
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # a crash after the rename must not leave an empty file
         if to.is_dir():  # a folder cannot be replaced in one step
             to.rename(old)
         part.replace(to)

@@ -6,7 +6,8 @@ import functools
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,23 @@ def leaves(source: Path) -> dict[str, Leaf]:
 
 def _members(name: str, file: Path, load: Callable[[Path, str], NDArray]) -> dict[str, Leaf]:
     """The arrays of an .npz, below the name of the file; one that is alone has the file's name."""
-    with np.load(file, allow_pickle=False) as archive:
+    with _archive(file) as archive:
         keys, headers = archive.files, {key: _header(archive, key) for key in archive.files}
     alone = len(keys) == 1 and name
     return {
         name if alone else f"{name}/{key}".lstrip("/"): Leaf(*headers[key], functools.partial(_member, load, file, key))
         for key in keys
     }
+
+
+@contextmanager
+def _archive(file: Path) -> Iterator[Any]:
+    """An .npz; NumPy would leave a broken one open."""
+    with file.open("rb") as opened:
+        archive = np.load(opened, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise zipfile.BadZipFile("it is an .npy by another name")
+        yield archive
 
 
 def _header(archive: Any, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -68,7 +79,7 @@ def _header(archive: Any, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _load(file: Path, key: str) -> NDArray:
-    with np.load(file, allow_pickle=False) as archive:
+    with _archive(file) as archive:
         return archive[key]
 
 
@@ -103,7 +114,7 @@ def _refuse_stores(source: Path) -> None:
         return
     if (source / SHARDS).is_dir():
         raise ConfigError(f"{source} is a feature store already")
-    table = next(source.glob("manifest.*[tv]"), source / "manifest.csv")  # .csv or .parquet
+    table = source / ("manifest.csv" if (source / "manifest.csv").exists() else "manifest.parquet")
     raise ConfigError(
         f"{source} is an export of coldframe, with a folder a feature",
         fix=f"Import one: {source}/embedding --manifest {table}; or export to .h5, which imports exactly.",
