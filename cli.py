@@ -162,7 +162,9 @@ def inspect(
 @app.command(**about("Write a store as HDF5, webdataset or npy files.", "export store --to features.h5"))
 def export(
     store: Annotated[Path, typer.Argument(help="The feature store.")],
-    to: Annotated[Path, typer.Option(help="FILE.h5, FILE.tar (webdataset), or a folder (an .npy a video and feature).")],
+    to: Annotated[
+        Path, typer.Option(help="FILE.h5, FILE.tar (webdataset), or a folder (an .npy a video and feature).")
+    ],
     features: Annotated[str, typer.Option(help="Only these. (default: all that every video has)")] = "",
     split: Annotated[str | None, typer.Option(help="Only train, val or test. (default: every video)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,

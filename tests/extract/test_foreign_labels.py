@@ -114,7 +114,9 @@ def test_a_manifest_knows_videos_by_id_path_or_file() -> None:
 def test_a_name_that_two_videos_have_names_none() -> None:
     rows = (record("wave/a.mp4", "wave/a.mp4"), record("clap/a.mp4", "clap/a.mp4"))
     manifest = Manifest("m", "/", (), rows)
-    with pytest.raises(ConfigError, match=r"knows none of the file's videos; found a; expected ids such as wave/a\.mp4"):
+    with pytest.raises(
+        ConfigError, match=r"knows none of the file's videos; found a; expected ids such as wave/a\.mp4"
+    ):
         matched(manifest, ["a"])
     with pytest.raises(ConfigError, match=r"'wave/a' and 'wave/a\.mp4' are both"):
         matched(manifest, ["wave/a", "wave/a.mp4"])
