@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data_manifests.errors import ColdframeError, ConfigError
-from ..data_manifests.records import Manifest, VideoRecord
+from ..data_manifests.records import Manifest, VideoRecord, listed
 from .arrays import StoreError, checksum
 from .catalogue import TIMES
 from .parcels import Leaf, Parcel, array_name, path_of
@@ -114,15 +114,30 @@ def read(file: h5py.File) -> Parcel:
 
 
 def leaves(file: h5py.File) -> dict[str, Leaf]:
-    """Every data set of anybody's file, by its path."""
-    found: dict[str, Leaf] = {}
+    """Every data set of anybody's file, by each of its paths.
 
-    def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and item.shape is not None:
+    Raises:
+        ConfigError: what lies in other files, or is a link: it would be left out, or read as zeros, without a word.
+        StoreError: damaged.
+    """
+    found: dict[str, Leaf] = {}
+    elsewhere: list[str] = []
+
+    def visit(name: str, link: object) -> None:
+        item: Any = file[name] if isinstance(link, h5py.HardLink) else None
+        if item is None or (isinstance(item, h5py.Dataset) and (item.is_virtual or item.external)):
+            elsewhere.append(name)
+        elif isinstance(item, h5py.Dataset) and item.shape is not None:
             found[name] = _leaf(item)
 
     with _speaking_for(file.filename):
-        file.visititems(visit)
+        file.visititems_links(visit)
+    if elsewhere:
+        raise ConfigError(
+            f"{file.filename} holds links or virtual data sets, which are not followed",
+            seen=listed(elsewhere),
+            fix="Copy the numbers into one file, as h5repack and h5py's Group.copy do.",
+        )
     return found
 
 

@@ -104,15 +104,32 @@ def test_damaged_facts_are_one_line(exported: Path, tmp_path: Path, where, attri
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("kind", ["soft", "external", "virtual", "raw"])
+def test_numbers_that_lie_elsewhere_are_not_left_out_in_silence(tmp_path: Path, kind: str) -> None:
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["a"] = np.ones((2, 3), np.float32)
+        if kind == "virtual":
+            layout = h5py.VirtualLayout((2, 3), np.float32)
+            layout[:] = h5py.VirtualSource("gone.h5", "a", (2, 3))
+            file.create_virtual_dataset("b", layout)
+        elif kind == "raw":
+            file.create_dataset("b", (2, 3), np.float32, external=[(tmp_path / "raw", 0, 24)])
+        else:
+            file["b"] = h5py.SoftLink("/a") if kind == "soft" else h5py.ExternalLink("gone.h5", "/a")
+    with pytest.raises(ConfigError, match="not followed; found b"):
+        import_features(tmp_path / "f.h5", tmp_path / "back", quiet=True)
+
+
 def test_leaves_are_every_array_of_a_file(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file["a/x"] = np.zeros((2, 3), np.float32)
         file["names"] = ["é", "b"]
         file["fixed"] = np.array([b"a", b"bc"])
+        file["same"] = file["a/x"]
         file["nothing"] = h5py.Empty("f4")
     with hdf5.opened(tmp_path / "f.h5") as file:
         leaves = hdf5.leaves(file)
         assert {name: (leaf.shape, leaf.dtype.kind) for name, leaf in leaves.items()} == {
-            "a/x": ((2, 3), "f"), "names": ((2,), "U"), "fixed": ((2,), "U")}  # fmt: skip
+            "a/x": ((2, 3), "f"), "same": ((2, 3), "f"), "names": ((2,), "U"), "fixed": ((2,), "U")}  # fmt: skip
         assert leaves["names"].read(()).tolist() == ["é", "b"]
         assert leaves["a/x"].read(1).shape == (3,)
