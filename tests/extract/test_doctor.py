@@ -17,7 +17,7 @@ from av.video.frame import PictureType
 
 from coldframe.cli import main
 from coldframe.data_manifests.errors import ConfigError
-from coldframe.extract import crops, doctor, towers
+from coldframe.extract import crops, doctor, frames, towers
 from coldframe.extract.doctor import Check, examine
 
 SOUND = Check("load", "ok", "")
