@@ -209,79 +209,68 @@ def extract(
 @app.command(**about("What is in a store.", "inspect store --json"))
 def inspect(
     store: Annotated[Path, typer.Argument(help="The feature store.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Hold every byte to its checksum; exit code 3 if any is bad.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """What is in a store: tower, sampling, features and their size, videos, and what failed and why."""
     opened = open_store(store)
-    facts, text = opened.stats(), opened.describe()
-    if verify:
-        facts["damaged"] = opened.bad_videos()
-        text += "".join(
-            f"\n  damaged  {video_id}: {', '.join(arrays)}" for video_id, arrays in facts["damaged"].items()
-        )
-        n_bad = len(facts["damaged"])
-        text += f"\n  checksums of {len(opened.ids) - n_bad:,} videos agree, of {n_bad:,} do not"
-    show(facts, text, as_json)
-    if facts.get("damaged"):
+    show(opened.stats(), opened.describe(), as_json)
+
+
+@app.command(**about("Hold a store to what was written, and mend it.", "verify store --deep --sample 0.01"))
+def verify(
+    store: Annotated[Path, typer.Argument(help="The feature store.")],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also decode videos again, by another decoder, encode them again, compare.")
+    ] = False,
+    sample: Annotated[float, typer.Option(help="deep: share of the videos.", min=0.0, max=1.0)] = 1.0,
+    repair: Annotated[bool, typer.Option("--repair", help="Extract again exactly what is bad.")] = False,
+    device: Device = "auto",
+    workers: Annotated[int | None, typer.Option(help="Decode processes. (default: one a core)", min=1)] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold every byte of a store to its checksum; exit code 3 if any is bad and was not mended."""
+    from coldframe.extract import ExtractOptions, load_tower, upkeep
+    from coldframe.extract.catalogue import Header
+
+    report = upkeep.verify(store, quiet=quiet)
+    if deep or (repair and report.damage):
+        made_by = Header.read(store).spec.tower
+        tower = load_tower(made_by.model, made_by.pretrained, made_by.precision, device)
+        options = ExtractOptions(workers=workers or cores(), quiet=quiet)
+        if deep:
+            upkeep.verify_deep(store, tower, report, sample, options)
+        if repair and (report.damage or report.unlike):
+            with stopped_by_sigterm():
+                upkeep.repair(store, tower, report, options)
+    show(report.to_json(), report.describe(), as_json)
+    if not report.is_sound:
         raise typer.Exit(3)
 
 
-@app.command(**about("Write a store as HDF5, webdataset or npy files.", "export store --to features.h5"))
-def export(
-    store: Annotated[Path, typer.Argument(help="The feature store.")],
-    to: Annotated[
-        Path, typer.Option(help="FILE.h5, FILE.tar (webdataset), or a folder (an .npy a video and feature).")
-    ],
-    features: Annotated[str, typer.Option(help="Only these. (default: all that every video has)")] = "",
-    split: Annotated[str | None, typer.Option(help="Only train, val or test. (default: every video)")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+@app.command(**about("Fold small and half-dead shards into full ones.", "compact store"))
+def compact(
+    store: Annotated[Path, typer.Argument(help="The feature store.")], as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Write features for other programs. A .h5 holds all that is known, and imports as the same store."""
-    from coldframe.extract.exchange import export_store
+    """Write what is alive in small and half-dead shards into full ones. Close what reads the store first."""
+    from coldframe.extract import upkeep
 
-    names = split_list(features)
-    report = export_store(open_store(store), to, features=names, split=split, overwrite=overwrite, quiet=quiet)
-    show(report.to_json(), report.describe(), as_json)
+    before, after = upkeep.compact(store, quiet=quiet)
+    show({"n_shards_before": before, "n_shards": after}, f"{store}: {before:,} shards before, {after:,} now", as_json)
 
 
-@app.command("import", **about("Make a store of features you already have.", "import features.h5 --store store"))
-def import_(
-    source: Annotated[Path, typer.Argument(help="FILE.h5, FILE.npz, or a folder of .npy or .npz files.")],
-    store: Store,
-    manifest: Annotated[
-        Path | None, typer.Option("--manifest", "-m", help="Labels and splits, by id or by name of file.")
-    ] = None,
-    feature: Annotated[
-        str | None, typer.Option("--as", help="What the numbers are: embedding, cls.K, tokens.K. (default: embedding)")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="The array, where there are several; . if each array is a video.")
-    ] = None,
-    ids: Annotated[str | None, typer.Option(help="The array of ids, beside one array of all videos.")] = None,
-    labels: Annotated[str | None, typer.Option(help="The array of labels.")] = None,
-    classes: Annotated[str | None, typer.Option(help="The array of class names, in the order of labels.")] = None,
-    group: Annotated[str | None, typer.Option(help="The array of groups: persons, scenes or sources.")] = None,
-    model: Annotated[str | None, typer.Option(help="The open_clip model that made the features, for text.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="Its weights. (default: openai)")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32. (default: as they are)")] = None,
+@app.command(**about("Add other stores to a store.", "merge store node1/store node2/store"))
+def merge(
+    store: Annotated[Path, typer.Argument(help="The store that grows.")],
+    others: Annotated[list[Path], typer.Argument(help="Stores of the same settings; they stay as they are.")],
     as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
-    """Make a store of cached features: how the arrays lie is found by looking. Resumes by itself."""
-    from coldframe.extract.exchange import Reading, import_features
+    """Add the videos and features of other stores; files are linked, not copied, where the file system can."""
+    from coldframe.extract import upkeep
 
-    weights = pretrained or (default_weights(model) if model else None)
-    reading = Reading(feature, dataset, ids, labels, classes, group, model, weights, dtype)
-    given = None if manifest is None else open_manifest(manifest)
-    report = import_features(source, store, reading=reading, manifest=given, quiet=quiet)
-    show(report.to_json(), report.describe(), as_json)
-    if report.interrupted:
-        raise typer.Exit(130)
+    n_added = upkeep.merge(store, others)
+    opened = open_store(store)
+    show(opened.stats() | {"n_shards_added": n_added}, f"{n_added:,} shards added\n{opened.describe()}", as_json)
 
 
 @app.command(

@@ -80,6 +80,23 @@ class ArrayFile:
         _check_index(file, n_chunks, chunk_bytes)
         return cls(str(file), n_frames, tuple(frame), meta.get("attributes", {}).get("dtype", dtype))
 
+    def read(self, first: int, n_frames: int) -> NDArray:
+        """Some frames as they lie on the disk, [n, ...]; uint16 holds the bits of bfloat16."""
+        dtype = np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
+        count = n_frames * math.prod(self.frame_shape)
+        frames = np.fromfile(self.path, dtype, count, offset=first * self.frame_bytes)
+        return frames.reshape(n_frames, *self.frame_shape)
+
+    def checksum(self, first: int, n_frames: int) -> int:
+        """crc32c of some frames' bytes, read a little at a time; of what there is where the file ends too soon."""
+        left, crc = n_frames * self.frame_bytes, 0
+        with open(self.path, "rb", buffering=0) as file:  # noqa: PTH123
+            file.seek(first * self.frame_bytes)
+            while left and (read := file.read(min(left, 1 << 24))):
+                crc = google_crc32c.extend(crc, read)
+                left -= len(read)
+        return crc
+
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame."""

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from ..data_manifests.errors import ConfigError
 from ..data_manifests.records import Manifest, ManifestError
-from .arrays import StoreError, item_bytes
+from .arrays import ArrayFile, StoreError, item_bytes
 from .shards import Shard, VideoRow, replace_file
 from .specs import FORMAT_VERSION, FeatureSpec, TowerShape, feature_shape
 
@@ -124,6 +124,7 @@ class Catalogue:
         self.shards: list[Shard] = []
         self.newest: dict[Key, Place] = {}
         self.holders: dict[str, dict[Key, Place]] = {}  # array -> view of a video -> shard, row
+        self._arrays: dict[tuple[int, str], ArrayFile] = {}
         self.troubles: dict[str, VideoRow] = {}  # video id -> the last attempt, where it failed
         for shard in shards:
             self.add(shard)
@@ -147,6 +148,12 @@ class Catalogue:
         """The row at a place."""
         shard, i = place
         return self.shards[shard].rows[i]
+
+    def array(self, shard: int, name: str) -> ArrayFile:
+        """An array of a shard, opened and checked once."""
+        if (shard, name) not in self._arrays:
+            self._arrays[shard, name] = self.shards[shard].array(name)
+        return self._arrays[shard, name]
 
     def rows(self) -> Iterator[VideoRow]:
         """The newest row of every view that has features."""

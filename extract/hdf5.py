@@ -209,7 +209,7 @@ def _write_row(group: h5py.Group, row: VideoRow, parcel: Parcel) -> None:
         if row.crc32c.get(name, total) != total:
             raise StoreError(
                 f"{name} of video {row.video_id!r} is damaged in the store",
-                fix="See `coldframe inspect STORE --verify`, and extract again what it lists.",
+                fix="See `coldframe verify STORE`, and extract again what it lists.",
             )
         dataset = group.create_dataset(array_name(name, row.view), data=array)
         dataset.attrs["dtype"], dataset.attrs["crc32c"] = parcel.dtype(name), total

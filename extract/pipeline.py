@@ -10,8 +10,9 @@ import dataclasses
 import re
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ class ExtractOptions:
 
 def extract(
     manifest: Manifest, store: Path, tower: Tower, spec: FeatureSpec, features: Sequence[str],
-    options: ExtractOptions | None = None, *, void: Mapping[str, Container[str]] | None = None,
+    options: ExtractOptions | None = None, *,
+    void: Mapping[str, Container[str]] | None = None, only: Container[str] | None = None,
 ) -> ExtractReport:  # fmt: skip
     """Write the features of every video of `manifest` to a store; resume it if it exists.
 
@@ -150,6 +152,7 @@ def extract(
     Args:
         features: names such as `embedding`, `cls.-1`, `tokens.8`; an existing store gains those it lacks.
         void: arrays of videos that the store has but that shall be written again.
+        only: of all videos that lack something, these; None is all.
 
     Raises:
         SpecMismatch: the store was made with another spec.
@@ -167,7 +170,7 @@ def extract(
         store, spec, shape, asked, manifest, shard_videos=options.shard_videos, part=options.part
     ) as writer:
         writer.void = void or {}
-        todo = writer.remaining(retry=options.retry)
+        todo = [key for key in writer.remaining(retry=options.retry) if only is None or key in only]
         again = set(todo)
         report.failures = {row.video_id: row.reason for row in writer.failures if row.video_id not in again}
         report.n_videos = len(writer.ids)
@@ -175,30 +178,44 @@ def extract(
         if todo:
             names = canonical_features({n for key in todo for n in writer.missing(key).names}, tower.shape.layers)
             shards = writer.plan(todo)
-            encoder = _Encoder(tower, names, writer.spec, options.batch_frames, report)
+            jobs = _jobs(writer, manifest, shards)
             try:
                 with (
                     Progress(len(todo), "videos", quiet=options.quiet) as progress,
-                    DecodePool(
-                        writer.spec.frames,
-                        spec.tower.transform,
-                        workers=options.workers,
-                        timeout_s=options.timeout_s,
-                        memory_bytes=options.worker_bytes,
-                        options=DecodeOptions(options.salvage, options.max_frames),
-                    ) as pool,
+                    closing(encode_videos(jobs, tower, names, writer.spec, options, report)) as videos,
                     _Shards(writer, shards, report) as filing,
                 ):
-                    arrivals = pool.decode(_jobs(writer, manifest, shards))
-                    for key, answer, rows in encoder.run(_timed(arrivals, report)):
+                    for key, answer, features_of_it in videos:
                         if options.stop_at_damage and isinstance(answer, Failure):
                             raise DecodeError(f"{key}: {answer.reason}", fix="Mend it, or leave out --on-damage fail.")
-                        filing.file(key, answer, rows)
+                        filing.file(key, answer, features_of_it)
                         progress.update(1, **report.live(time.perf_counter() - started))
             except KeyboardInterrupt:
                 report.interrupted = True
     report.seconds = time.perf_counter() - started
     return report
+
+
+def encode_videos(
+    jobs: Iterable[Job], tower: Tower, names: Sequence[str], spec: FeatureSpec, options: ExtractOptions,
+    report: ExtractReport | None = None,
+) -> Generator[tuple[str, Answer, dict[str, Tensor]], None, None]:  # fmt: skip
+    """Decode and encode videos, in whichever order they are done.
+
+    Yields:
+        A job's key; what was decoded, or why it was not; and its features, array name → [n, ...] for its n crops.
+    """
+    report = report or ExtractReport(Path())
+    with DecodePool(
+        spec.frames,
+        spec.tower.transform,
+        workers=options.workers,
+        timeout_s=options.timeout_s,
+        memory_bytes=options.worker_bytes,
+        options=DecodeOptions(options.salvage, options.max_frames),
+    ) as pool:
+        encoder = _Encoder(tower, names, spec, options.batch_frames, report)
+        yield from encoder.run(_timed(pool.decode(jobs), report))
 
 
 def _jobs(writer: FeatureWriter, manifest: Manifest, shards: Sequence[Sequence[str]]) -> Iterator[Job]:

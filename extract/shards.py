@@ -2,7 +2,10 @@
 
 00007-1f2e3d4c/
   features.zarr/    a plain zarr v3 group, one array a feature: frames of all ok videos, in the order of the rows
-  videos.parquet    one row a video
+  videos.parquet    one row a view of a video, with a checksum of its bytes in each array
+  SHA256SUMS        of every other file, as sha256sum writes it; the folder's name ends in the digits of this file's own
+
+So every byte of a shard is held to something: to its name, or to a file that is held to its name.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ import dataclasses
 import errno
 import functools
 import hashlib
-import json
 import os
 import re
+import shlex
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +36,7 @@ SALVAGED = 0.95  # a video with a smaller share of its frames is damaged
 _NAME = re.compile(r"(\d{5,})-[0-9a-f]{8}")
 _TORN = ".tmp-"
 _TORN_NAME = re.compile(re.escape(_TORN) + r"(.+)-(\d{1,9})-\d+")  # host, pid, number
-_GROUP, _TABLE, _SUM = "features.zarr", "videos.parquet", "crc32c."
+_GROUP, _TABLE, _SUMS, _SUM = "features.zarr", "videos.parquet", "SHA256SUMS", "crc32c."
 _COLUMNS = {
     "video_id": pa.string(),
     "status": pa.string(),
@@ -108,7 +111,7 @@ class Shard:
                 for row, crc32c in zip(table.select(columns).to_pylist(), sums, strict=True)
             )
         except (OSError, KeyError, TypeError, pa.ArrowException) as error:
-            raise StoreError(f"the rows of shard {path} cannot be read: {error}") from error
+            raise StoreError(f"the rows of shard {path} cannot be read: {error}", fix=_repair(path)) from error
         return cls(path, rows, arrays)
 
     def array(self, name: str) -> ArrayFile:
@@ -124,9 +127,42 @@ class Shard:
             more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
             raise StoreError(
                 f"array {name} of shard {self.path} (with {', '.join(ids[:3])}{more}) is damaged: {error}",
-                fix="Delete the shard's folder and run the same extract command again.",
+                fix=_repair(self.path),
             ) from error
         return array
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is not as it was written."""
+
+    shard: str
+    problem: str
+    array: str = ""  # that cannot be trusted; "" for a file that holds no features
+    row: int | None = None  # of that array; None for all of them
+    is_unreadable: bool = False  # the rows themselves are lost
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.problem}"
+
+
+def damage_of(path: Path) -> Iterator[Damage]:
+    """Hold every byte of a shard to its checksum; nothing of it is held in memory."""
+    yield from _changed_files(path)
+    try:
+        shard = Shard.read(path)
+    except StoreError as error:
+        yield Damage(path.name, str(error), is_unreadable=True)
+        return
+    for name in shard.arrays if shard.first_frame[-1] else ():
+        try:
+            array = shard.array(name)
+        except StoreError as error:
+            yield Damage(path.name, str(error), name)
+            continue
+        for number, row in enumerate(shard.rows):
+            if row.is_ok and array.checksum(shard.first_frame[number], row.n_frames) != row.crc32c[name]:
+                yield Damage(path.name, f"{name} of {row.video_id!r} is not what was written", name, number)
 
 
 def committed(folder: Path) -> list[Path]:
@@ -148,9 +184,7 @@ def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Map
         StoreError: the disk is full or failing; nothing is left behind.
     """
     rows = _with_checksums(rows, arrays)
-    identity = json.dumps([(row.video_id, row.view, row.status, row.n_frames, dict(row.crc32c)) for row in rows])
-    final = folder / f"{number:05d}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    torn = folder / f"{_TORN}{socket.gethostname()}-{os.getpid()}-{number:05d}"
+    torn = _torn(folder, number)
     n_bytes = sum(part.nbytes for parts in arrays.values() for part in parts)
     if shutil.disk_usage(folder).free < n_bytes:
         raise _disk_full(folder, n_bytes)
@@ -160,6 +194,7 @@ def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Map
         filled = {name: parts for name, parts in arrays.items() if parts}  # none where every video failed
         write_arrays(torn / _GROUP, {**filled, "frame_offsets": [offsets]})
         _write_rows(torn / _TABLE, rows, list(arrays))
+        final = folder / f"{number:05d}-{_write_sums(torn, list(filled))}"
         for path in _bottom_up(torn):
             _sync(path)
         torn.rename(final)
@@ -171,6 +206,35 @@ def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Map
     finally:
         shutil.rmtree(torn, ignore_errors=True)  # what a failure left; nothing after the rename
     return Shard(final, tuple(rows), tuple(arrays))
+
+
+def copy_shard(source: Path, folder: Path, number: int) -> None:
+    """Put a shard of another store into a folder under a new number, linked file by file where that can be."""
+    torn = _torn(folder, number)
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:  # another file system
+            shutil.copyfile(one, other)
+
+    try:
+        shutil.copytree(source, torn, copy_function=link)
+        for path in _bottom_up(torn):
+            _sync(path)
+        torn.rename(folder / f"{number:05d}-{source.name.rpartition('-')[2]}")
+        _sync(folder)
+    except OSError as error:
+        raise StoreError(f"the shard {source} could not be copied to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(torn, ignore_errors=True)
+
+
+def remove_shard(path: Path) -> None:
+    """Delete a shard, at once as readers see it."""
+    torn = _torn(path.parent, int(path.name.partition("-")[0]))
+    path.rename(torn)
+    shutil.rmtree(torn)
 
 
 def remove_torn(folder: Path) -> None:
@@ -192,6 +256,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     _sync(path.parent)
 
 
+def _torn(folder: Path, number: int) -> Path:
+    """Where a shard lies until it is whole."""
+    return folder / f"{_TORN}{socket.gethostname()}-{os.getpid()}-{number:05d}"
+
+
 def _with_checksums(rows: Sequence[VideoRow], arrays: Mapping[str, Sequence[NDArray]]) -> list[VideoRow]:
     left = {name: iter(parts) for name, parts in arrays.items()}
 
@@ -207,6 +276,41 @@ def _write_rows(path: Path, rows: Sequence[VideoRow], arrays: Sequence[str]) -> 
     }
     table |= {_SUM + name: pa.array([row.crc32c.get(name) for row in rows], pa.uint32()) for name in arrays}
     pq.write_table(pa.table(table), path, write_page_checksum=True)
+
+
+def _write_sums(torn: Path, arrays: Sequence[str]) -> str:
+    """List the digests of the files that no checksum in the rows covers; gives the first digits of the list's own."""
+    covered = {torn / _GROUP / name for name in arrays}
+    paths = sorted(p for p in torn.rglob("*") if p.is_file() and (p.parent not in covered or p.suffix == ".json"))
+    lines = [f"{_sha256(path.read_bytes())}  {path.relative_to(torn).as_posix()}\n" for path in paths]
+    (torn / _SUMS).write_text("".join(lines), encoding="utf-8")
+    return _sha256("".join(lines).encode())[:8]
+
+
+def _changed_files(path: Path) -> Iterator[Damage]:
+    """Hold a shard's small files to their digests, and these to the folder's name."""
+    try:
+        listed = (path / _SUMS).read_bytes()
+    except OSError as error:
+        yield Damage(path.name, f"{_SUMS} cannot be read: {error.strerror}")
+        return
+    if not path.name.endswith(_sha256(listed)[:8]):
+        yield Damage(path.name, f"{_SUMS} is not what was written")
+        return
+    for line in listed.decode().splitlines():
+        digest, _, name = line.partition("  ")
+        try:
+            is_changed = _sha256((path / name).read_bytes()) != digest
+        except OSError:
+            is_changed = True
+        if is_changed:
+            parts = name.split("/")
+            array = parts[1] if parts[0] == _GROUP and len(parts) == 3 and parts[1] != "frame_offsets" else ""
+            yield Damage(path.name, f"{name} is not what was written", array, is_unreadable=name == _TABLE)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _bottom_up(folder: Path) -> Iterator[Path]:
@@ -225,6 +329,10 @@ def _sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def _repair(shard: Path) -> str:
+    return f"Mend it: coldframe verify {shlex.quote(str(shard.parents[1]))} --repair"
 
 
 def _disk_full(folder: Path, n_bytes: int) -> StoreError:

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data_manifests.records import Manifest
-from .arrays import ArrayFile, BatchMemory, FrameReader, StoreError, bytes_of, checksum
+from .arrays import ArrayFile, BatchMemory, FrameReader, StoreError, bytes_of
 from .catalogue import MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
 from .compress import restored
-from .shards import SALVAGED, Shard, VideoRow, committed
+from .shards import SALVAGED, Damage, Shard, VideoRow, committed, damage_of
 from .specs import FeatureSpec, SpecMismatch, TowerShape, arrays_of, canonical_feature, canonical_features
 from .writer import FeatureWriter, ShardBuilder
 
@@ -46,13 +46,13 @@ class FeatureStore:
 
     def __init__(self, path: Path, header: Header, catalogue: Catalogue) -> None:
         """Use `open`."""
-        self.path, self._header, self._catalogue = path, header, catalogue
+        self.path, self._header, self.catalogue = path, header, catalogue
         self._reader, self._memory = FrameReader(), BatchMemory()
         self._arrays: dict[tuple[int, str], ArrayFile] = {}
         self._resident: dict[str, tuple[Tensor, dict[Key, int]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureStore, (self.path, self._header, self._catalogue)
+        return FeatureStore, (self.path, self._header, self.catalogue)
 
     @classmethod
     def open(cls, path: Path | str, expect: FeatureSpec | None = None, *, check: bool = True) -> Self:
@@ -71,7 +71,7 @@ class FeatureStore:
         if expect is not None:
             store.spec.expect(expect, f"the store {path}")
         if check:
-            for name, held in store._catalogue.holders.items():
+            for name, held in store.catalogue.holders.items():
                 for shard in sorted({shard for shard, _ in held.values()}):
                     store._array(shard, name)
         return store
@@ -99,41 +99,41 @@ class FeatureStore:
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """Ids of the videos that have features, sorted."""
-        return tuple(sorted(video_id for video_id, view in self._catalogue.newest if view == 0))
+        return tuple(sorted(video_id for video_id, view in self.catalogue.newest if view == 0))
 
     @cached_property
     def n_views(self) -> int:
         """V, views that every video has."""
-        return min((sum(1 for _ in self._catalogue.views(video_id)) for video_id in self.ids), default=0)
+        return min((sum(1 for _ in self.catalogue.views(video_id)) for video_id in self.ids), default=0)
 
     @cached_property
     def features(self) -> tuple[str, ...]:
         """Canonical names of the features that every video has."""
         keys = [(video_id, view) for video_id in self.ids for view in range(self.n_views)]
-        held = {n for n, held in self._catalogue.holders.items() if keys and all(key in held for key in keys)}
+        held = {n for n, held in self.catalogue.holders.items() if keys and all(key in held for key in keys)}
         return canonical_features((n for n in held if n != TIMES and not n.startswith("scale.")), self.shape.layers)
 
     @property
     def failures(self) -> list[VideoRow]:
         """Rows of the videos whose last attempt failed: id, reason, attempts. Older features of them stay."""
-        return self._catalogue.failures()
+        return self.catalogue.failures()
 
     @property
     def rows(self) -> list[VideoRow]:
         """The newest row of every view of every video, and of videos without features the failure; by id and view."""
         failed = (row for row in self.failures if row.video_id not in self)
-        return sorted([*self._catalogue.rows(), *failed], key=lambda row: (row.video_id, row.view))
+        return sorted([*self.catalogue.rows(), *failed], key=lambda row: (row.video_id, row.view))
 
     @cached_property
     def longest(self) -> int:
         """T of the longest video."""
-        return max((row.n_frames for row in self._catalogue.rows()), default=0)
+        return max((row.n_frames for row in self.catalogue.rows()), default=0)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __contains__(self, video_id: str) -> bool:
-        return (video_id, 0) in self._catalogue.newest
+        return (video_id, 0) in self.catalogue.newest
 
     def __getitem__(self, video_id: str) -> FrameFeatures:
         """Everything of one video's first view; raises StoreError for one that the store lacks."""
@@ -243,24 +243,25 @@ class FeatureStore:
         options += ["--flip"] if frames.flip else []
         return shlex.join(["coldframe", "extract", str(self.path / MANIFEST), *options])
 
-    def verify(self, video_id: str) -> tuple[str, ...]:
-        """Names of a video's arrays whose bytes are not the ones that were written, or cannot be read, in any view."""
-        self._row((video_id, 0))
-        keys = [(video_id, view) for view in self._catalogue.views(video_id)]
-        return tuple(
-            name
-            for name, held in self._catalogue.holders.items()
-            if not all(self._is_sound(name, key) for key in keys if key in held)
-        )
-
-    def checksums(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """`verify` of every video, in the order in which they lie on the disk."""
-        for video_id in sorted(self.ids, key=lambda video_id: self._catalogue.newest[video_id, 0]):
-            yield video_id, self.verify(video_id)
+    def damage(self) -> Iterator[Damage]:
+        """Whatever is not as it was written, shard by shard, also of rows that newer ones have replaced."""
+        for shard in self.catalogue.shards:
+            yield from damage_of(shard.path)
 
     def bad_videos(self) -> dict[str, tuple[str, ...]]:
-        """Videos with bytes that are not the ones that were written, and in which arrays."""
-        return {video_id: bad for video_id, bad in self.checksums() if bad}
+        """Videos with arrays, of any view, whose bytes are not the ones that were written."""
+        numbers = {shard.path.name: number for number, shard in enumerate(self.catalogue.shards)}
+        bad: dict[str, set[str]] = defaultdict(set)
+        for damage in self.damage():
+            number, held = numbers[damage.shard], self.catalogue.holders.get(damage.array, {})
+            for (video_id, _), place in held.items():
+                if place[0] == number and damage.row in (None, place[1]):
+                    bad[video_id].add(damage.array)
+        return {video_id: tuple(sorted(bad[video_id])) for video_id in sorted(bad)}
+
+    def row(self, video_id: str, view: int = 0) -> VideoRow:
+        """What the store says of one view of a video; raises StoreError for one that it lacks."""
+        return self._row((video_id, view))
 
     def duplicates(self) -> list[tuple[str, ...]]:
         """Ids of videos whose files hold the same bytes, and that show the same part of it; each group once."""
@@ -282,8 +283,8 @@ class FeatureStore:
 
     def stats(self) -> dict[str, Any]:
         """What `inspect` shows, ready for JSON."""
-        spec, shards = self.spec, self._catalogue.shards
-        rows, n_frames = list(self._catalogue.rows()), self._n_frames
+        spec, shards = self.spec, self.catalogue.shards
+        rows, n_frames = list(self.catalogue.rows()), self._n_frames
         return {
             "path": str(self.path),
             "fingerprint": self.fingerprint,
@@ -336,18 +337,18 @@ class FeatureStore:
 
     def _row(self, key: Key) -> VideoRow:
         """The row of a view that has features."""
-        if (place := self._catalogue.newest.get(key)) is not None:
-            return self._catalogue.row(place)
+        if (place := self.catalogue.newest.get(key)) is not None:
+            return self.catalogue.row(place)
         video_id, view = key
         if video_id in self:
             raise StoreError(f"video {video_id!r} has no view {view} in {self.path}", wanted=f"one of {self.n_views}")
-        if trouble := self._catalogue.troubles.get(video_id):
+        if trouble := self.catalogue.troubles.get(video_id):
             raise StoreError(f"video {video_id!r} has no features in {self.path}: {trouble.reason}")
         raise StoreError(f"video {video_id!r} is not in the store {self.path}")
 
     def _refuse_absent(self, name: str, keys: Iterable[Key]) -> None:
         """Raise if one of these views lacks this feature."""
-        held = self._catalogue.holders.get(name, {})
+        held = self.catalogue.holders.get(name, {})
         for key in keys:
             if key not in held:
                 self._row(key)
@@ -365,7 +366,7 @@ class FeatureStore:
     def _array(self, shard: int, name: str) -> ArrayFile:
         """An array of a shard, opened and checked once."""
         if (shard, name) not in self._arrays:
-            array = self._catalogue.shards[shard].array(name)
+            array = self.catalogue.array(shard, name)
             found = (array.dtype, *array.frame_shape)
             wanted = (self._header.dtype(name), *self._header.frame_shape(name))
             if found != wanted:
@@ -383,9 +384,9 @@ class FeatureStore:
 
     def _fill(self, frames: Tensor, name: str, keys: Sequence[Key], begins: Iterable[int]) -> None:
         """Read each view into `frames` [F, ...], from the frame on where it begins."""
-        memory, held = bytes_of(frames), self._catalogue.holders.get(name, {})
+        memory, held = bytes_of(frames), self.catalogue.holders.get(name, {})
         for (number, row), begin in sorted(zip((held[key] for key in keys), begins, strict=True)):
-            array, shard = self._array(number, name), self._catalogue.shards[number]
+            array, shard = self._array(number, name), self.catalogue.shards[number]
             target = memory[begin * array.frame_bytes :][: shard.rows[row].n_frames * array.frame_bytes]
             self._reader.read_into(array, shard.first_frame[row], target)
 
@@ -404,19 +405,12 @@ class FeatureStore:
     def _held(self, name: str) -> tuple[Tensor, dict[Key, int]]:
         """A feature of all videos, [F, D], read when first asked for; and where each view begins in it."""
         if name not in self._resident:
-            keys = sorted(self._catalogue.holders.get(name, ()))
+            keys = sorted(self.catalogue.holders.get(name, ()))
             *begins, n_frames = accumulate((self._row(key).n_frames for key in keys), initial=0)
             frames = torch.empty((n_frames, *self._header.frame_shape(name)), dtype=self._dtype(name))
             self._fill(frames, name, keys, begins)
             self._resident[name] = frames, dict(zip(keys, begins, strict=True))
         return self._resident[name]
-
-    def _is_sound(self, array: str, key: Key) -> bool:
-        row = self._catalogue.row(self._catalogue.holders[array][key])
-        try:
-            return checksum(np.asarray(bytes_of(self._read(array, key)))) == row.crc32c[array]
-        except StoreError:
-            return False
 
     def _dtype(self, name: str) -> torch.dtype:
         """Type of what readers get of a feature."""
@@ -425,7 +419,7 @@ class FeatureStore:
 
     @cached_property
     def _n_frames(self) -> int:
-        return sum(row.n_frames for row in self._catalogue.rows())
+        return sum(row.n_frames for row in self.catalogue.rows())
 
 
 def _utc(path: Path) -> str:

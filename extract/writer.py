@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .frames import DecodedVideo
 
 # A shard is what a killed run loses and what a commit holds in memory; but every shard costs each reader a few files.
-_SHARD_BYTES, _SHARD_VIDEOS = 256 << 20, 256
+SHARD_BYTES, SHARD_VIDEOS = 256 << 20, 256
 _USUAL_FRAMES = 300  # of a video whose length is not fixed
 _ATTEMPTS = 3  # at a video that failed for now; then it needs a word from the user
 
@@ -52,7 +52,7 @@ class FeatureWriter:
         self._next_number = catalogue.shards[-1].number + 1 if catalogue.shards else 0
         self._lease = lease
         self.void: Mapping[str, Container[str]] = {}  # video id -> arrays that are there but shall be written again
-        self._shard_videos = _SHARD_VIDEOS
+        self._shard_videos = SHARD_VIDEOS
 
     @classmethod
     def open(
@@ -96,7 +96,7 @@ class FeatureWriter:
         except BaseException:
             lease.close()  # a traceback that somebody keeps would hold it
             raise
-        writer._shard_videos = shard_videos or _SHARD_VIDEOS
+        writer._shard_videos = shard_videos or SHARD_VIDEOS
         return writer
 
     def __enter__(self) -> Self:
@@ -187,7 +187,7 @@ class FeatureWriter:
         n_frames = (self._header.spec.frames.n_frames or _USUAL_FRAMES) * len(missing.views)
         arrays = [array for name in missing.names for array in arrays_of(name, self._header.spec.dtype)]
         n_bytes = n_frames * sum(map(self._header.frame_bytes, arrays))
-        return min(max(_SHARD_BYTES // max(n_bytes, 1), 1), self._shard_videos)
+        return min(max(SHARD_BYTES // max(n_bytes, 1), 1), self._shard_videos)
 
 
 class Missing(NamedTuple):

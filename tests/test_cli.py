@@ -242,16 +242,20 @@ def test_a_store_that_is_not_one(run, tmp_path: Path, what: str) -> None:
     refused(run("inspect", what), what)
 
 
-def test_inspect_finds_a_flipped_bit(run, store: Path, tmp_path: Path) -> None:
+def test_verify_finds_a_flipped_bit_and_repair_mends_it(run, store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "copy")
-    assert run("inspect", "copy", "--verify")[0] == 0
+    assert run("verify", "copy")[0] == 0
     file = next((tmp_path / "copy" / "shards").glob("*/features.zarr/embedding/c*"))
     damaged = bytearray(file.read_bytes())
     damaged[5] ^= 1
     file.write_bytes(damaged)
-    code, out, _ = run("inspect", "copy", "--verify", "--json")
+    code, out, _ = run("verify", "copy", "--json")
     assert code == 3
-    assert list(json.loads(out)["damaged"].values()) == [["embedding"]]
+    assert list(json.loads(out)["videos"].values()) == [["embedding"]]
+    assert run("verify", "copy", "--repair", "--workers", "1", "--quiet")[0] == 0
+    code, out, _ = run("verify", "copy", "--deep", "--sample", "0.3", "--workers", "1", "--json", "--quiet")
+    assert (code, json.loads(out)["is_sound"]) == (0, True), out
+    assert run("compact", "copy", "--json")[0] == 0
 
 
 def test_a_failed_video_that_is_taken_away_is_no_failure_any_more(run, tmp_path: Path, clip: Path) -> None:

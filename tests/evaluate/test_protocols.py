@@ -244,7 +244,7 @@ def test_one_group_of_all_videos_is_told_as_one() -> None:
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_refused(broken: float) -> None:
-    with pytest.raises(StoreError, match=r"to 2 videos.*coldframe inspect STORE --verify"):
+    with pytest.raises(StoreError, match=r"to 2 videos.*coldframe verify STORE"):
         scored([[broken, 0, 0], [0, 9, 0], [0, 0, broken]], [0, 1, 2])
 
 
@@ -335,7 +335,7 @@ def test_episode_scores_that_are_not_finite_are_refused() -> None:
             scores[4, 2, 1] = np.nan
             return scores
 
-    with pytest.raises(StoreError, match=r"to 1 videos.*coldframe inspect STORE --verify"):
+    with pytest.raises(StoreError, match=r"to 1 videos.*coldframe verify STORE"):
         few_shot.run(Broken(), toy_videos(8), FEW)
 
 

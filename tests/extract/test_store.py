@@ -206,7 +206,6 @@ def test_another_expectation_is_refused_by_the_name_of_the_field(toy) -> None:
 def test_a_sound_store_verifies(toy) -> None:
     store = toy.write(IDS, FEATURES, lengths=RAGGED, per_shard=3, dtype="bfloat16")
     assert store.bad_videos() == {}
-    assert dict(store.checksums()) == dict.fromkeys(IDS, ())
 
 
 def test_a_flipped_byte_of_a_frame_is_found(toy) -> None:
@@ -216,8 +215,6 @@ def test_a_flipped_byte_of_a_frame_is_found(toy) -> None:
     flip(tokens, frames_before * 60 + 7)  # a frame is 5 × 6 float16
     flip(times, 0)
     assert FeatureStore.open(toy.path).bad_videos() == {IDS[0]: ("timestamps_s",), IDS[3]: ("tokens.2",)}
-    with pytest.raises(StoreError):
-        store.verify("x.mp4")
 
 
 @pytest.mark.parametrize("damage", ["index", "truncated", "missing", "metadata", "rows"])

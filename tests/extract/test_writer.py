@@ -129,9 +129,9 @@ def test_plans_are_functions_of_the_ids_and_respect_both_limits(toy, monkeypatch
     with toy.open(IDS, ["embedding", "tokens.1"]) as writer:
         assert writer.plan(reversed(IDS)) == [IDS]
         # 3 frames of (4 + 5·6) float16: 204 bytes a video
-        monkeypatch.setattr(writer_module, "_SHARD_BYTES", 3 * 204)
+        monkeypatch.setattr(writer_module, "SHARD_BYTES", 3 * 204)
         assert writer.plan(IDS) == [IDS[:3], IDS[3:6], IDS[6:9], IDS[9:]]
-        monkeypatch.setattr(writer_module, "_SHARD_BYTES", 100)
+        monkeypatch.setattr(writer_module, "SHARD_BYTES", 100)
         assert [len(ids) for ids in writer.plan(IDS)] == [1] * 10
         monkeypatch.undo()
         many = [f"{n:04d}" for n in range(600)]
