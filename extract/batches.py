@@ -90,11 +90,17 @@ class FeatureDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def n_views(self) -> int:
+        """V, views that the store has of every video."""
+        return self.store.n_views
+
     def batches(
         self,
         batch_size: int,
         shuffle_seed: int | None = None,
         *,
+        view: int | None = None,
         drop_last: bool = False,
         ahead: int = 1,
         pin: bool = False,
@@ -102,7 +108,9 @@ class FeatureDataset:
         """Go through the videos once, reading `ahead` batches on threads of their own while one is worked on.
 
         Args:
-            shuffle_seed: the order is a function of it alone; None keeps the order of the ids.
+            shuffle_seed: the order, and the view drawn of each video, are functions of it alone; None keeps the order
+                of the ids and takes their first views.
+            view: take this one of every video.
             drop_last: leave out a last batch that is not full.
             pin: read into page-locked memory, for an accelerator.
 
@@ -113,28 +121,32 @@ class FeatureDataset:
         order = (
             np.arange(len(self)) if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(len(self))
         )
+        if view is None and shuffle_seed is not None and self.store.n_views > 1:
+            views = np.random.default_rng((shuffle_seed, 1)).integers(self.store.n_views, size=len(self))
+        else:
+            views = np.full(len(self), view or 0)
         waiting: deque[Future[FeatureBatch]] = deque()
         # Leaving the block, also by closing the generator, waits for the reads that are under way.
         with ThreadPoolExecutor(max(ahead, 1), thread_name_prefix="feature-batches") as readers:
             for begin in range(0, n_videos, batch_size):
-                waiting.append(readers.submit(self._gather, order[begin : begin + batch_size], pin))
+                waiting.append(readers.submit(self._gather, order[begin : begin + batch_size], views, pin))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
 
     def all(self) -> FeatureBatch:
-        """Every video as one batch, in the order of the ids."""
-        return self._gather(np.arange(len(self)), pin=False)
+        """The first view of every video as one batch, in the order of the ids."""
+        return self._gather(np.arange(len(self)), np.zeros(len(self), np.int64), pin=False)
 
     def class_counts(self, n_classes: int | None = None) -> Tensor:
         """Videos of each class, [C] int64; videos without a label are not counted."""
         known = self.labels[self.labels >= 0]
         return torch.bincount(known, minlength=n_classes or 0)
 
-    def _gather(self, rows: NDArray[np.int64], pin: bool) -> FeatureBatch:
+    def _gather(self, rows: NDArray[np.int64], views: NDArray[np.int64], pin: bool) -> FeatureBatch:
         ids = tuple(self.ids[row] for row in rows)
-        features, mask = self.store.gather(ids, self.features, pin=pin)
+        features, mask = self.store.gather(ids, self.features, view=views[rows].tolist(), pin=pin)
         return FeatureBatch(features, mask, self.labels[torch.from_numpy(rows)], ids)
 
 

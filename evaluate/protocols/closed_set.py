@@ -73,18 +73,29 @@ def run(predictor: Classifier, videos: Videos, config: Config) -> Outcome:
 
 
 def _scores(predictor: Classifier, videos: Videos, batch_size: int) -> tuple[NDArray[np.float32], list[str]]:
-    """Scores [n, C] and ids of all videos; features pass through memory one batch at a time."""
+    """Scores [n, C] and ids of all videos; where the store has several views of each, their mean probabilities."""
+    n_views = videos.dataset.n_views
+    ids = list(videos.dataset.ids)
+    scores = [_scores_of_view(predictor, videos, batch_size, view) for view in range(max(n_views, 1))]  # V × [n, C]
+    for of_a_view in scores:
+        require_finite(of_a_view, np.array(ids), predictor.head)
+    return scores[0] if len(scores) == 1 else np.mean([_softmax(of_a_view) for of_a_view in scores], axis=0), ids
+
+
+def _scores_of_view(predictor: Classifier, videos: Videos, batch_size: int, view: int) -> NDArray[np.float32]:
+    """Scores [n, C] of one view of all videos; features pass through memory one batch at a time."""
     scores: list[NDArray[np.float32]] = []
-    ids: list[str] = []
-    for batch in videos.dataset.batches(batch_size, shuffle_seed=None):
+    for batch in videos.dataset.batches(batch_size, shuffle_seed=None, view=view):
         scores.append(predictor.logits(batch))  # [B, C]
-        ids += batch.video_ids
         wanted = (len(batch), len(predictor.class_names))
         if scores[-1].shape != wanted:
             raise SpecMismatch(f"{predictor.head} gave scores of another shape", seen=scores[-1].shape, wanted=wanted)
-    every_score = np.concatenate(scores)
-    require_finite(every_score, np.array(ids), predictor.head)
-    return every_score, ids
+    return np.concatenate(scores)
+
+
+def _softmax(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    raised = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
+    return raised / raised.sum(axis=1, keepdims=True)
 
 
 def _estimates(
@@ -100,6 +111,8 @@ def _notes(predictor: Classifier, videos: Videos, labels: NDArray[np.int64]) -> 
     n_empty = n_wanted - len(np.unique(labels))
     groups = videos.groups_of(videos.dataset.ids)
     notes = []
+    if (n_views := videos.dataset.n_views) > 1:
+        notes.append(f"probabilities averaged over {n_views} views of each video")
     if n_known > n_wanted:
         notes.append(f"the head tells {n_known} classes apart, of which the manifest has {n_wanted}")
     if groups is not None:

@@ -122,6 +122,8 @@ def _notes(predictor: EpisodeScorer, videos: Videos, episodes: EpisodeList) -> l
     drawn = np.unique(episodes.class_ids)
     seen = n_seen(predictor.seen_classes, [videos.manifest.class_names[number] for number in drawn])
     notes = []
+    if (n_views := videos.dataset.n_views) > 1:
+        notes.append(f"the first of {n_views} views of each video")
     if seen:
         notes.append(f"not few-shot of new classes: videos of {seen} of the {len(drawn)} classes were trained on")
     if len(drawn) == episodes.spec.n_way:

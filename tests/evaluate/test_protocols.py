@@ -22,10 +22,15 @@ CLASSES = ("wave", "jump", "run", "high_five", "sit", "stand", "clap")
 
 
 class Dataset:
-    """A FeatureDataset in memory; `embedding` [V, 2, E] holds what the fake heads give as scores, or compare."""
+    """A FeatureDataset in memory; `embedding` [V, E] holds what the fake heads give as scores, or compare.
 
-    def __init__(self, ids: Sequence[str], labels: np.ndarray, embedding: np.ndarray) -> None:
-        self.ids = tuple(ids)
+    A view multiplies it by its number in `of_views`.
+    """
+
+    def __init__(
+        self, ids: Sequence[str], labels: np.ndarray, embedding: np.ndarray, of_views: Sequence[float] = (1.0,)
+    ) -> None:
+        self.ids, self.of_views, self.n_views = tuple(ids), of_views, len(of_views)
         frames = torch.from_numpy(np.repeat(embedding[:, None], 2, axis=1))  # [V, 2, E]
         mask = torch.ones(len(self.ids), 2, dtype=torch.bool)
         self._bank = FeatureBatch({"embedding": frames}, mask, torch.from_numpy(labels), self.ids)
@@ -36,10 +41,11 @@ class Dataset:
     def all(self) -> FeatureBatch:
         return self._bank
 
-    def batches(self, batch_size: int, shuffle_seed: int | None) -> Iterator[FeatureBatch]:
+    def batches(self, batch_size: int, shuffle_seed: int | None, view: int = 0) -> Iterator[FeatureBatch]:
         assert shuffle_seed is None
         for start in range(0, len(self), batch_size):
-            yield self._bank.select(torch.arange(start, min(start + batch_size, len(self))))
+            batch = self._bank.select(torch.arange(start, min(start + batch_size, len(self))))
+            yield dataclasses.replace(batch, features={"embedding": batch["embedding"] * self.of_views[view]})
 
 
 @dataclasses.dataclass
@@ -163,6 +169,20 @@ def test_a_manifest_with_classes_the_head_does_not_know_is_refused_by_name(name:
     videos = toy_videos(classes=(*CLASSES[:6], "juggle"))
     with pytest.raises(SpecMismatch, match="juggle"):
         find(name).run(Head(), videos, find(name).config())
+
+
+def test_views_are_averaged_as_probabilities() -> None:
+    scores, labels = [[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.1, 0.0]], [0, 0, 1]
+    videos = toy_videos([2, 1, 0], classes=CLASSES[:3], n_missing=0)
+    ids = ("a", "b", "c")
+    records = tuple(VideoRecord(i, i, label, "test") for i, label in zip(ids, labels, strict=True))
+    manifest = Manifest("toy", "/", CLASSES[:3], records)
+    dataset: Any = Dataset(ids, np.array(labels), np.array(scores, dtype=np.float32), of_views=(1.0, -0.9, -2.0))
+    videos = dataclasses.replace(videos, dataset=dataset, manifest=manifest)
+    outcome = closed_set.run(Head(class_names=CLASSES[:3]), videos, closed_set.Config())
+    views = [torch.tensor(scores).mul(factor).softmax(dim=1).numpy() for factor in (1.0, -0.9, -2.0)]
+    assert outcome.details["predicted"].tolist() == np.mean(views, axis=0).argmax(axis=1).tolist() != [0, 1, 1]
+    assert any("averaged over 3 views" in note for note in outcome.notes)
 
 
 def test_a_batch_of_nothing_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from coldframe.data_manifests.errors import UnknownName
 from coldframe.extract.arrays import StoreError
 from coldframe.extract.batches import FeatureBatch, FeatureDataset, labelled
-from coldframe.extract.specs import SpecMismatch
+from coldframe.extract.specs import FrameSpec, SpecMismatch
 from coldframe.extract.store import FeatureStore
+from coldframe.extract.writer import FeatureWriter
 
 IDS = [f"{n:02d}.mp4" for n in range(10)]
 LABELS = np.array([0, 1, 2, -1, 1, 1, 0, 2, 1, -1])
@@ -144,3 +146,29 @@ def test_a_store_opened_twice_gives_the_same_batches(dataset: FeatureDataset) ->
     other = FeatureDataset(FeatureStore.open(dataset.store.path), IDS, LABELS, dataset.features)
     for one, two in zip(dataset.batches(4, 3), other.batches(4, 3), strict=True):
         assert torch.equal(one["tokens.2"], two["tokens.2"])
+
+
+def test_an_epoch_draws_views_by_its_seed_and_an_ordered_pass_takes_the_one_asked_for(toy) -> None:
+    n_views = 4
+    frames = FrameSpec(3, "random", seed=0, draws=n_views)
+    spec = dataclasses.replace(toy.spec(), frames=frames)
+    with FeatureWriter.open(toy.path, spec, toy.shape, ["embedding"], toy.manifest(IDS)) as writer:
+        shard = writer.begin_shard(writer.remaining())
+        for i in writer.ids:
+            numbers = np.repeat(np.arange(n_views, dtype=np.float32), 3)[:, None].repeat(
+                4, axis=1
+            )  # a view's own number
+            rows = np.arange(3 * n_views).reshape(n_views, 3)
+            shard.add(i, {"embedding": numbers}, toy.info(views=tuple(range(n_views)), rows=rows))
+        shard.commit()
+    dataset = FeatureDataset(FeatureStore.open(toy.path), IDS, LABELS, ["embedding"])
+
+    def drawn(seed: int | None, view: int | None = None) -> list[int]:
+        epoch = dataset.batches(3, seed, view=view)
+        return [int(number) for batch in epoch for number in batch["embedding"][:, 0, 0]]
+
+    assert set(drawn(None)) == {0}
+    assert set(drawn(None, view=2)) == set(drawn(5, view=2)) == {2}
+    seen = [drawn(seed) for seed in range(6)]
+    assert drawn(0) == seen[0] != seen[1]
+    assert {number for epoch in seen for number in epoch} == {0, 1, 2, 3}
