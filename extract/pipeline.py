@@ -178,21 +178,14 @@ def extract(
         if todo:
             names = canonical_features({n for key in todo for n in writer.missing(key).names}, tower.shape.layers)
             shards = writer.plan(todo)
-            encoder = _Encoder(tower, names, writer.spec, options.batch_frames, report)
+            encoder = Encoder(tower, names, writer.spec, options.batch_frames, report)
             try:
                 with (
                     Progress(len(todo), "videos", quiet=options.quiet) as progress,
-                    DecodePool(
-                        writer.spec.frames,
-                        spec.tower.transform,
-                        workers=options.workers,
-                        timeout_s=options.timeout_s,
-                        memory_bytes=options.worker_bytes,
-                        options=DecodeOptions(options.salvage, options.max_frames),
-                    ) as pool,
+                    decode_pool(writer.spec, options) as pool,
                     _Shards(writer, shards, report) as filing,
                 ):
-                    arrivals = pool.decode(_jobs(writer, manifest, shards))
+                    arrivals = pool.decode(jobs(writer, manifest, shards))
                     for key, answer, rows in encoder.run(_timed(arrivals, report)):
                         if options.stop_at_damage and isinstance(answer, Failure):
                             raise DecodeError(f"{key}: {answer.reason}", fix="Mend it, or leave out --on-damage fail.")
@@ -204,11 +197,23 @@ def extract(
     return report
 
 
-def _jobs(writer: FeatureWriter, manifest: Manifest, shards: Sequence[Sequence[str]]) -> Iterator[Job]:
+def jobs(writer: FeatureWriter, manifest: Manifest, shards: Iterable[Iterable[str]]) -> Iterator[Job]:
     """What has to be decoded, shard by shard."""
     for key in (key for ids in shards for key in ids):
         record = manifest.by_id[key]
         yield Job(key, manifest.path_of(record), record.start_s, record.end_s, writer.missing(key).views)
+
+
+def decode_pool(spec: FeatureSpec, options: ExtractOptions) -> DecodePool:
+    """The decode processes of a run; entering it starts them."""
+    return DecodePool(
+        spec.frames,
+        spec.tower.transform,
+        workers=options.workers,
+        timeout_s=options.timeout_s,
+        memory_bytes=options.worker_bytes,
+        options=DecodeOptions(options.salvage, options.max_frames),
+    )
 
 
 def _refuse_flips(spec: FeatureSpec, manifest: Manifest) -> None:
@@ -237,7 +242,7 @@ def _timed(
         yield arrival
 
 
-class _Encoder:
+class Encoder:
     """Runs the tower over crops as they arrive, whichever videos they are of, and puts the videos together again."""
 
     def __init__(
