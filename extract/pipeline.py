@@ -158,7 +158,7 @@ def extract(
         ConfigError: mirrored crops of classes that tell left from right.
     """
     options = options or ExtractOptions()
-    _refuse_flips(spec, manifest)
+    refuse_flips(spec, manifest)
     report = ExtractReport(store, n_videos=len(manifest.records))
     started = time.perf_counter()
     asked = canonical_features(features, tower.shape.layers)
@@ -216,7 +216,7 @@ def decode_pool(spec: FeatureSpec, options: ExtractOptions) -> DecodePool:
     )
 
 
-def _refuse_flips(spec: FeatureSpec, manifest: Manifest) -> None:
+def refuse_flips(spec: FeatureSpec, manifest: Manifest) -> None:
     """Refuse mirrored crops of classes that tell left from right."""
     sided = [
         name for name in manifest.class_names if re.search(r"\b(left|right)", name.replace("_", " "), re.IGNORECASE)

@@ -194,6 +194,10 @@ class FeatureWriter:
             shards += [group[at : at + size] for at in range(0, len(group), size)]
         return shards
 
+    def frame_bytes(self, name: str) -> int:
+        """Bytes of one frame of a feature, with the scales of its tokens."""
+        return sum(map(self._header.frame_bytes, arrays_of(name, self._header.spec.dtype)))
+
     def bytes_of(self, lengths: Mapping[str, float]) -> tuple[dict[str, int], int]:
         """What videos with so many frames a view will take on the disk: by feature, and besides (times, indices, rows)."""
         by_feature: Counter[str] = Counter()
@@ -203,9 +207,8 @@ class FeatureWriter:
             n_frames = sum(lengths[video_id] for video_id in ids) * len(missing.views)
             n_arrays = 1  # the times
             for name in missing.names:
-                arrays = arrays_of(name, self._header.spec.dtype)
-                by_feature[name] += round(n_frames * sum(map(self._header.frame_bytes, arrays)))
-                n_arrays += len(arrays)
+                by_feature[name] += round(n_frames * self.frame_bytes(name))
+                n_arrays += len(arrays_of(name, self._header.spec.dtype))
             besides += n_frames * (self._header.frame_bytes(TIMES) + _INDEX_BYTES * (n_arrays - 1))
             besides += len(ids) * len(missing.views) * (_ROW_BYTES + _SUM_BYTES * n_arrays) + _META_BYTES * (1 + n_arrays)
         return dict(by_feature), round(besides)
@@ -225,8 +228,7 @@ class FeatureWriter:
 
     def _videos_in_a_shard(self, missing: Missing) -> int:
         n_frames = (self._header.spec.frames.n_frames or _USUAL_FRAMES) * len(missing.views)
-        arrays = [array for name in missing.names for array in arrays_of(name, self._header.spec.dtype)]
-        n_bytes = n_frames * sum(map(self._header.frame_bytes, arrays))
+        n_bytes = n_frames * sum(map(self.frame_bytes, missing.names))
         return min(max(_SHARD_BYTES // max(n_bytes, 1), 1), self._shard_videos)
 
 
