@@ -7,6 +7,7 @@ runs over some of its crops. Disk is counted where the sampling fixes how long a
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from .catalogue import HEADER, Header
 from .frames import DecodedVideo
 from .pipeline import Encoder, ExtractOptions, ExtractReport, decode_pool, jobs, refuse_flips
 from .progress import Progress
-from .space import Estimate, drawn, extrapolate, free_bytes, readable, segments
+from .space import Estimate, drawn, extrapolate, free_bytes, promised_lengths, readable, segments
 from .specs import FeatureSpec, canonical_features
 from .towers import Tower, load_tower
 from .weights import NoWeights
@@ -32,6 +33,7 @@ from .workers import Chunk, DecodePool, Job, cores
 from .writer import FeatureWriter
 
 _PASSES, _PASSES_S = 3, 10.0  # of the tower that are timed: so many, or so long
+_PROBES = 512  # headers that are read where the sampling fixes no length
 _CPU_BATCH = 16  # a processor is no faster with more
 _STATS_AT_ONCE = 16  # files that are asked for their size: a disk of the network answers slowly
 
@@ -85,16 +87,16 @@ class Forecast:
     @property
     def advice(self) -> str:
         """What would make it faster."""
-        idle = 1 - self.tower_s.value / max(self.total_s.value, 1e-9)
-        waits = f"the {self.device} device idles {idle:.0%} of the time; " if self.device != "cpu" else ""
+        share = self.tower_s.value / max(self.decode_s.value, 1e-9)
+        waits = f"the {self.device} device idles {1 - share:.0%} of the time; " if self.device != "cpu" else ""
         if self.bottleneck == "decoding" and self.workers < self.cores:
             return f"{waits}this machine has more cores: --workers {self.cores}"
         if self.bottleneck == "decoding":
-            return f"{waits}more cores help, or more machines with --shard; more frames a video would cost little"
+            return f"{waits}more cores help, or more machines with --shard"
         if self.device == "cpu":
             return "a smaller tower or fewer frames help; a GPU most of all"
-        needed = max(round(self.workers * self.decode_s.value / max(self.tower_s.value, 1e-9)), 1)
-        return f"a smaller tower, fewer frames, --precision fp16 or --compile help; {needed} workers would do"
+        enough = math.ceil(self.workers / share)
+        return f"a smaller tower, fewer frames or --compile help; {enough} decode workers would do"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with what is derived."""
@@ -111,10 +113,13 @@ class Forecast:
         if not self.n_todo:
             return _table([*lines, ("total", "nothing to do")])
         reasons = Counter(reason.partition(":")[0] for reason in self.failures.values()).most_common(3)
-        failed = f"{len(self.failures)} failed ({len(self.failures) / self.n_sampled:.0%}"
-        failed += f": {', '.join(f'{n} {reason}' for reason, n in reasons)})" if reasons else ")"
+        share = f"{len(self.failures) / self.n_sampled:.0%}"
+        why = ", ".join(f"{n} {reason}" for reason, n in reasons)
+        failed = (
+            f"{len(self.failures)} ({share}) failed: {why}; what follows counts all as sound" if why else "all sound"
+        )
         lines += [
-            ("sample", f"{self.n_sampled:,} videos decoded, {failed}; what follows counts every video as sound"),
+            ("sample", f"{self.n_sampled:,} videos tried, {failed}"),
             ("frames", f"{_number(self.frames)} stored, {_number(self.crops)} crops through the tower"),
         ]
         sizes = [*self.feature_bytes.items(), ("times, indices", self.other_bytes)]
@@ -129,7 +134,10 @@ class Forecast:
         kind = "both share the cores" if self.device == "cpu" else "the slower of the two"
         lines += [
             ("decoding", f"{_time(self.decode_s)} at {rate} on {self.cores} cores"),
-            ("tower", f"{_time(self.tower_s)} at {self.frames_per_s:,.1f} frames/s, {self.tower} on {self.device}{held}"),
+            (
+                "tower",
+                f"{_time(self.tower_s)} at {self.frames_per_s:,.1f} frames/s, {self.tower} on {self.device}{held}",
+            ),
             ("total", f"{_time(self.total_s)} ({kind})"),
             ("bottleneck", f"{self.bottleneck}: {self.advice}"),
         ]
@@ -148,9 +156,13 @@ class Forecast:
         small = sum(self.memory_bytes.values()) - large
         lines = []
         if large and large < self.machine_bytes / 2:
-            lines.append(f"{readable(large)} of patches, {readable(self.machine_bytes)} here: epochs after the first read memory")
+            lines.append(
+                f"{readable(large)} of patches, {readable(self.machine_bytes)} here: epochs after the first read memory"
+            )
         elif large:
-            lines.append(f"{readable(large)} of patches, {readable(self.machine_bytes)} here: every epoch READS THE DISK")
+            lines.append(
+                f"{readable(large)} of patches, {readable(self.machine_bytes)} here: every epoch READS THE DISK"
+            )
         if small:
             lines.append(f"{readable(small)} of embeddings and class tokens, which training holds in memory")
         return lines
@@ -191,9 +203,12 @@ def forecast(
         encoder = Encoder(tower, missing, writer.spec, batch_frames, report)
         frames_per_s = _time_tower(encoder, report, sample.batch(batch_frames, spec), options.quiet)
 
-    sizes = (segments(tasks), _file_sizes(tasks))
-    fixed = writer.spec.frames.n_frames
-    lengths, share = (dict.fromkeys(todo, float(fixed)), 0.0) if fixed else extrapolate(sample.lengths, todo, *sizes)
+    lengths, share = dict.fromkeys(todo, float(writer.spec.frames.n_frames or 0)), 0.0
+    sizes = [segments(tasks), _file_sizes(tasks)]
+    if tasks and writer.spec.frames.n_frames is None:
+        promised = promised_lengths(drawn(tasks, _PROBES, seed), writer.spec, options.workers, options.max_frames)
+        lengths, share = extrapolate(promised | sample.lengths, todo, *sizes)
+        sizes.append(lengths)
     seconds, seconds_share = extrapolate(sample.seconds, todo, *sizes)
     crops, crops_share = extrapolate(sample.n_crops, todo, *sizes)
     n_frames, n_crops = sum(lengths[key] * len(writer.missing(key).views) for key in todo), sum(crops.values())
@@ -236,8 +251,8 @@ def tower_of_the_same_cost(model: str, pretrained: str | None, precision: str, d
     """Load a tower; where its weights cannot be fetched, one of random weights, and a note that says so."""
     try:
         return load_tower(model, pretrained, precision, device), ""
-    except NoWeights as error:
-        note = f"random weights stand in for {pretrained}, at the same cost: {str(error).partition('. ')[0]}"
+    except NoWeights:
+        note = f"the weights {pretrained} cannot be fetched from here: random ones stand in, at the same cost"
         return load_tower(model, "random", precision, device), note
 
 

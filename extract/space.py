@@ -12,6 +12,7 @@ import numpy as np
 
 from .frames import DecodedVideo, DecodeOptions, probe
 from .sampling import generator
+from .specs import FeatureSpec
 from .workers import DecodePool, Job
 from .writer import FeatureWriter
 
@@ -33,19 +34,28 @@ def needed_bytes(
     Where the sampling fixes the length of a video this only counts. Elsewhere the headers of a few videos are read, in
     processes that can be killed.
     """
-    ids = [job.key for job in jobs]
-    frames = writer.spec.frames
-    if frames.n_frames is not None:
-        return Estimate(sum(_total(writer, dict.fromkeys(ids, frames.n_frames))))
-    probed: dict[str, float] = {}
-    options = DecodeOptions(max_frames=max_frames)
-    with DecodePool(frames, writer.spec.tower.transform, workers=workers, options=options, decode=probe) as pool:
-        for key, answer in pool.decode(drawn(jobs, _PROBES)):
-            if isinstance(answer, DecodedVideo):
-                probed[key] = answer.rows.shape[1]
-    lengths, share = extrapolate(probed, ids, segments(jobs))
-    n_bytes = sum(_total(writer, lengths))
+    ids, share = [job.key for job in jobs], 0.0
+    n_frames = writer.spec.frames.n_frames
+    lengths: Mapping[str, float] = dict.fromkeys(ids, float(n_frames or 0))
+    if n_frames is None and jobs:
+        seen = promised_lengths(drawn(jobs, _PROBES), writer.spec, workers, max_frames)
+        lengths, share = extrapolate(seen, ids, segments(jobs))
+    by_feature, besides = writer.bytes_of(lengths)
+    n_bytes = sum(by_feature.values()) + besides
     return Estimate(n_bytes, share * n_bytes)
+
+
+def promised_lengths(
+    jobs: Sequence[Job], spec: FeatureSpec, workers: int = 2, max_frames: int | None = None
+) -> dict[str, float]:
+    """Frames a view of videos, as their headers have it; those that cannot be read are left out."""
+    found: dict[str, float] = {}
+    options = DecodeOptions(max_frames=max_frames)
+    with DecodePool(spec.frames, spec.tower.transform, workers=workers, options=options, decode=probe) as pool:
+        for key, answer in pool.decode(jobs):
+            if isinstance(answer, DecodedVideo):
+                found[key] = answer.rows.shape[1]
+    return found
 
 
 def free_bytes(path: Path) -> int:
@@ -58,13 +68,12 @@ def free_bytes(path: Path) -> int:
 
 def readable(n_bytes: float) -> str:
     """Bytes for people: 3 significant digits in decimal units."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n_bytes < 999.5:
-            break
-        n_bytes /= 1000
-    else:
-        unit = "TB"
-    return f"{n_bytes:.{0 if n_bytes >= 99.95 or unit == 'bytes' else 1 if n_bytes >= 9.995 else 2}f} {unit}"
+    units = iter(("bytes", "kB", "MB", "GB"))
+    unit = next(units)
+    while n_bytes >= 999.5 and unit != "TB":
+        n_bytes, unit = n_bytes / 1000, next(units, "TB")
+    n_digits = 0 if n_bytes >= 99.95 or unit == "bytes" else 1 if n_bytes >= 9.995 else 2
+    return f"{n_bytes:,.{n_digits}f} {unit}"
 
 
 def drawn(jobs: Sequence[Job], n: int, seed: int = 0) -> list[Job]:
@@ -111,11 +120,4 @@ def extrapolate(
 
 def segments(jobs: Sequence[Job]) -> dict[str, float]:
     """Seconds of the videos that are a segment with a beginning and an end."""
-    return {
-        job.key: job.end_s - (job.start_s or 0.0) for job in jobs if job.end_s is not None and job.end_s < math.inf
-    }
-
-
-def _total(writer: FeatureWriter, lengths: Mapping[str, float]) -> tuple[int, int]:
-    by_feature, besides = writer.bytes_of(lengths)
-    return sum(by_feature.values()), besides
+    return {job.key: job.end_s - (job.start_s or 0.0) for job in jobs if job.end_s is not None and job.end_s < math.inf}

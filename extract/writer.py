@@ -210,7 +210,9 @@ class FeatureWriter:
                 by_feature[name] += round(n_frames * self.frame_bytes(name))
                 n_arrays += len(arrays_of(name, self._header.spec.dtype))
             besides += n_frames * (self._header.frame_bytes(TIMES) + _INDEX_BYTES * (n_arrays - 1))
-            besides += len(ids) * len(missing.views) * (_ROW_BYTES + _SUM_BYTES * n_arrays) + _META_BYTES * (1 + n_arrays)
+            besides += len(ids) * len(missing.views) * (_ROW_BYTES + _SUM_BYTES * n_arrays) + _META_BYTES * (
+                1 + n_arrays
+            )
         return dict(by_feature), round(besides)
 
     def begin_shard(self, ids: Sequence[str]) -> ShardBuilder:
