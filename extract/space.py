@@ -107,7 +107,7 @@ def extrapolate(
         error = float(np.square(values - values.sum() / x.sum() * x).sum())
         if error < best_error * (1 - 1e-9):
             best, best_error = size, error
-    scale = values.sum() / sum(best[key] for key in seen)
+    scale = float(values.sum()) / sum(best[key] for key in seen)
     found = {key: seen.get(key, scale * best[key]) for key in ids}
     n, n_unseen, total = len(seen), len(found) - len(seen), sum(found.values())
     if not n_unseen or not total:
