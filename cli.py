@@ -33,6 +33,7 @@ HELP = """Freeze CLIP features of your videos once; train light temporal heads o
 
 \b
   coldframe demo                                              see it work: no data, no GPU, no network
+  coldframe plan videos/ --for evl_decoder                    what that would take: disk, time, memory
   coldframe extract videos/ --store store --for evl_decoder   one pass over the videos
   coldframe train-head evl_decoder --store store --out runs/evl
   coldframe eval closed_set --store store --checkpoint runs/evl
@@ -247,7 +248,9 @@ def plan(
     store: Annotated[
         Path, typer.Option("--store", "-s", help="Where it would go; what is there is not counted.")
     ] = Path("store"),
-    sample: Annotated[int, typer.Option(help="Videos to decode and time.", min=1)] = 16,
+    sample: Annotated[
+        int | None, typer.Option(help="Videos to decode and time. (default: 16, or two a worker)", min=1)
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -32,10 +32,12 @@ from .weights import NoWeights
 from .workers import Chunk, DecodePool, Job, cores
 from .writer import FeatureWriter
 
+_SAMPLE = 16
 _PASSES, _PASSES_S = 3, 10.0  # of the tower that are timed: so many, or so long
 _PROBES = 512  # headers that are read where the sampling fixes no length
 _CPU_BATCH = 16  # a processor is no faster with more
 _STATS_AT_ONCE = 16  # files that are asked for their size: a disk of the network answers slowly
+_MANY_FILES = 10_000  # fewer are no long wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,18 +172,19 @@ class Forecast:
 
 def forecast(
     manifest: Manifest, store: Path, tower: Tower, spec: FeatureSpec, features: Sequence[str],
-    options: ExtractOptions | None = None, *, n_sample: int = 16, seed: int = 0,
+    options: ExtractOptions | None = None, *, n_sample: int | None = None, seed: int = 0,
 ) -> Forecast:  # fmt: skip
     """Try an extraction on a sample of the videos and count the rest; nothing is written.
 
     Args:
         store: where it would be written; what is there already is not counted.
-        n_sample: videos that are decoded and timed, besides one a worker to warm up.
+        n_sample: videos that are decoded and timed, besides one a worker to warm up; None is 16, or two a worker.
 
     Raises:
         SpecMismatch, StoreError, ConfigError: those that `extract` would raise before it begins.
     """
     options = options or ExtractOptions()
+    n_sample = max(_SAMPLE, 2 * options.workers) if n_sample is None else n_sample
     if n_sample < 1:
         raise ConfigError("a forecast needs a sample", seen=f"sample={n_sample}", wanted="1 video or more")
     refuse_flips(spec, manifest)
@@ -203,14 +206,14 @@ def forecast(
         encoder = Encoder(tower, missing, writer.spec, batch_frames, report)
         frames_per_s = _time_tower(encoder, report, sample.batch(batch_frames, spec), options.quiet)
 
+    sizes = (segments(tasks), _file_sizes(tasks, options.quiet))
     lengths, share = dict.fromkeys(todo, float(writer.spec.frames.n_frames or 0)), 0.0
-    sizes = [segments(tasks), _file_sizes(tasks)]
     if tasks and writer.spec.frames.n_frames is None:
-        promised = promised_lengths(drawn(tasks, _PROBES, seed), writer.spec, options.workers, options.max_frames)
+        probes = drawn(tasks, _PROBES, seed)
+        promised = promised_lengths(probes, writer.spec, options.workers, options.max_frames, quiet=options.quiet)
         lengths, share = extrapolate(promised | sample.lengths, todo, *sizes)
-        sizes.append(lengths)
-    seconds, seconds_share = extrapolate(sample.seconds, todo, *sizes)
-    crops, crops_share = extrapolate(sample.n_crops, todo, *sizes)
+    seconds, seconds_share = extrapolate(sample.seconds, todo, *sizes, lengths)
+    crops, crops_share = extrapolate(sample.n_crops, todo, *sizes, lengths)
     n_frames, n_crops = sum(lengths[key] * len(writer.missing(key).views) for key in todo), sum(crops.values())
     by_feature, besides = writer.bytes_of(lengths)
     total_bytes = sum(by_feature.values()) + besides
@@ -320,7 +323,7 @@ def _time_tower(encoder: Encoder, report: ExtractReport, crops: NDArray[np.uint8
     return (n_passes - 1) * len(crops) / (report.tower_s - began_s)
 
 
-def _file_sizes(tasks: Sequence[Job]) -> dict[str, float]:
+def _file_sizes(tasks: Sequence[Job], quiet: bool) -> dict[str, float]:
     """Bytes of the videos' files; 1 where there is none."""
 
     def size(job: Job) -> float:
@@ -329,8 +332,15 @@ def _file_sizes(tasks: Sequence[Job]) -> dict[str, float]:
         except (OSError, ValueError):
             return 1
 
-    with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        return dict(zip((job.key for job in tasks), pool.map(size, tasks), strict=True))
+    found: dict[str, float] = {}
+    with (
+        Progress(len(tasks), "files", quiet=quiet or len(tasks) < _MANY_FILES) as progress,
+        ThreadPoolExecutor(_STATS_AT_ONCE) as pool,
+    ):
+        for job, n_bytes in zip(tasks, pool.map(size, tasks), strict=True):
+            found[job.key] = n_bytes
+            progress.update()
+    return found
 
 
 def _number(estimate: Estimate) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .frames import DecodedVideo, DecodeOptions, probe
+from .progress import Progress
 from .sampling import generator
 from .specs import FeatureSpec
 from .workers import DecodePool, Job
@@ -46,15 +47,19 @@ def needed_bytes(
 
 
 def promised_lengths(
-    jobs: Sequence[Job], spec: FeatureSpec, workers: int = 2, max_frames: int | None = None
+    jobs: Sequence[Job], spec: FeatureSpec, workers: int = 2, max_frames: int | None = None, *, quiet: bool = True
 ) -> dict[str, float]:
     """Frames a view of videos, as their headers have it; those that cannot be read are left out."""
     found: dict[str, float] = {}
     options = DecodeOptions(max_frames=max_frames)
-    with DecodePool(spec.frames, spec.tower.transform, workers=workers, options=options, decode=probe) as pool:
+    with (
+        Progress(len(jobs), "headers", quiet=quiet) as progress,
+        DecodePool(spec.frames, spec.tower.transform, workers=workers, options=options, decode=probe) as pool,
+    ):
         for key, answer in pool.decode(jobs):
             if isinstance(answer, DecodedVideo):
                 found[key] = answer.rows.shape[1]
+            progress.update()
     return found
 
 
