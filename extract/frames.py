@@ -179,7 +179,10 @@ def probe(
 
     Raises:
         DecodeError: it is no video, its header does not say how long it is, or no frame lies in the part asked for.
+        SourceError: there is no such file.
     """
+    if not Path(path).is_file():  # to open a pipe is to wait for its writer
+        raise SourceError("no such file")
     try:
         with av.open(os.path.abspath(path), **_LENIENT) as container:  # noqa: PTH100 - as in `decode`
             stream = container.streams.best("video")

@@ -10,7 +10,7 @@ import pytest
 from coldframe.data_manifests import from_folder
 from coldframe.data_manifests.drawn import plan_clips
 from coldframe.extract import ExtractOptions, FeatureSpec, FeatureWriter, FrameSpec, load_tower
-from coldframe.extract.frames import write_video
+from coldframe.extract.frames import Crops, DecodeError, DecodeOptions, decode, probe, write_video
 from coldframe.extract.pipeline import extract, jobs
 from coldframe.extract.space import Estimate, extrapolate, free_bytes, needed_bytes, readable, segments
 from coldframe.extract.workers import Job
@@ -57,6 +57,25 @@ def test_needed_bytes_are_those_that_are_written(
     assert needed.plus_minus == 0  # fixed lengths; or every header was read
     with FeatureWriter.open(tmp_path, spec, spec.shape_of(tower.shape), features, manifest) as writer:
         assert needed_bytes(writer, list(jobs(writer, manifest, [writer.remaining()])), workers=1).value == 0
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".mkv", ".avi", ".webm"])
+def test_a_header_promises_the_frames_that_decoding_gives(tower, tmp_path: Path, ending: str) -> None:
+    path, spec = tmp_path / f"clip{ending}", FrameSpec(None, "fps", rate_fps=4.0)
+    codec = "libvpx" if ending == ".webm" else "libx264"
+    write_video(path, plan_clips(4)[0].draw(n_frames=24, size_px=32), fps=12, codec=codec)
+    for part in ({}, {"start_s": 0.5, "end_s": 1.5}):
+        crops = Crops()
+        promised = probe(path, spec, tower.spec.transform, crops, **part)
+        assert promised.rows.shape == decode(path, spec, tower.spec.transform, Crops(), **part).rows.shape
+        assert not crops
+    with pytest.raises(DecodeError, match="too long"):
+        probe(path, spec, tower.spec.transform, Crops(), options=DecodeOptions(max_frames=2))
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(DecodeError, match="not a video"):
+        probe(tmp_path / "text.mp4", spec, tower.spec.transform, Crops())
+    with pytest.raises(OSError, match="no such file"):
+        probe(tmp_path / "absent.mp4", spec, tower.spec.transform, Crops())
 
 
 def test_a_preview_touches_nothing_and_keeps_nobody_out(toy) -> None:
