@@ -7,13 +7,15 @@ doctor · 130 interrupted, and the same command goes on.
 from __future__ import annotations
 
 import errno
+import inspect as inspection
 import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -24,13 +26,14 @@ from coldframe.data_manifests.errors import ColdframeError, ConfigError, Unknown
 
 if TYPE_CHECKING:
     from coldframe.data_manifests import Manifest
-    from coldframe.extract import FeatureStore
+    from coldframe.extract import ExtractOptions, FeatureStore, FrameSpec
     from coldframe.train_heads import Predictor
 
 HELP = """Freeze CLIP features of your videos once; train light temporal heads on them in minutes; evaluate.
 
 \b
   coldframe demo                                              see it work: no data, no GPU, no network
+  coldframe plan videos/ --for evl_decoder                    what that would take: disk, time, memory
   coldframe extract videos/ --store store --for evl_decoder   one pass over the videos
   coldframe train-head evl_decoder --store store --out runs/evl
   coldframe eval closed_set --store store --checkpoint runs/evl
@@ -69,141 +72,214 @@ def about(summary: str, example: str) -> dict[str, Any]:
     return {"short_help": summary, "epilog": f"Example: coldframe {example}"}
 
 
-@app.command(
-    **about(
-        "Cache the features of every video.",
-        "extract videos/ --store store --for evl_decoder",
-    )
-)
-def extract(
+@dataclass(frozen=True)
+class Extraction:
+    """What is to be extracted, and how: the options that `extract` and `plan` share."""
+
     videos: Annotated[
         Path, typer.Argument(help="A folder with one sub-folder a class, or a manifest (.csv, .parquet).")
-    ],
-    store: Store,
-    model: Annotated[str, typer.Option(help="An open_clip model, or coldframe-tiny.")] = "ViT-B-16-quickgelu",
+    ]
+    model: Annotated[str, typer.Option(help="An open_clip model, or coldframe-tiny.")] = "ViT-B-16-quickgelu"
     pretrained: Annotated[
         str | None, typer.Option(help="A pretrained tag, a weights file, or `random`. (default: openai)")
-    ] = None,
+    ] = None
     frames: Annotated[
         int | None, typer.Option(help="Frames a video, for sampling uniform, random and dense. (default: 8)", min=1)
-    ] = None,
-    heads: Annotated[str, typer.Option("--for", help="Store what these heads need: HEAD,HEAD.")] = "",
+    ] = None
+    heads: Annotated[str, typer.Option("--for", help="Store what these heads need: HEAD,HEAD.")] = ""
     features: Annotated[
         str,
         typer.Option(
             help="Store these: embedding, pixels, cls.K, tokens.K (K counts blocks; -1 is the last). "
             "(default: embedding,cls.-1)"
         ),
-    ] = "",
+    ] = ""
     sampling: Annotated[
         str,
         typer.Option(
             help="uniform: centres of equal segments; random: one frame of each segment; dense: --stride apart; "
             "fps: --fps a second over the whole video; all."
         ),
-    ] = "uniform",
-    stride: Annotated[int | None, typer.Option(help="dense: frames from one to the next. (default: 4)")] = None,
-    clips: Annotated[int | None, typer.Option(help="dense: clips, evenly spread over the video.")] = None,
-    fps: Annotated[float | None, typer.Option(help="fps: frames a second. (default: 1)")] = None,
+    ] = "uniform"
+    stride: Annotated[int | None, typer.Option(help="dense: frames from one to the next. (default: 4)")] = None
+    clips: Annotated[int | None, typer.Option(help="dense: clips, evenly spread over the video.")] = None
+    fps: Annotated[float | None, typer.Option(help="fps: frames a second. (default: 1)")] = None
     crops: Annotated[
         str, typer.Option(help="centre; three along the longer side; random: resized, one a draw, same in all frames.")
-    ] = "centre",
-    flip: Annotated[bool, typer.Option("--flip", help="Mirror every second random crop or so.")] = False,
-    draws: Annotated[int, typer.Option(help="Draws of what is random, each a view; more can be added later.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Of random frames and crops. (default: 0)")] = None,
+    ] = "centre"
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror every second random crop or so.")] = False
+    draws: Annotated[int, typer.Option(help="Draws of what is random, each a view; more can be added later.")] = 1
+    seed: Annotated[int | None, typer.Option(help="Of random frames and crops. (default: 0)")] = None
     dtype: Annotated[
         str, typer.Option(help="float16, bfloat16, float32, or int8: tokens at half the size of float16.")
-    ] = "float16",
+    ] = "float16"
     token_grid: Annotated[
         int | None, typer.Option(help="Average patch tokens to a grid of G x G; 7 of 14 is a quarter of the size.")
-    ] = None,
+    ] = None
     precision: Annotated[
         str | None, typer.Option(help="Arithmetic of the tower. (default: fp16 on cuda, else fp32)")
-    ] = None,
+    ] = None
     device: Annotated[
         str, typer.Option(help="auto (cuda where there is one), cpu, cuda:1; or several, cuda:0,cuda:1, or all.")
-    ] = "auto",
-    batch: Annotated[int, typer.Option(help="Frames to one pass of the tower; halved where memory is short.")] = 64,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the tower: minutes to begin, then faster.")
-    ] = False,
+    ] = "auto"
+    batch: Annotated[int, typer.Option(help="Frames to one pass of the tower; halved where memory is short.")] = 64
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the tower: minutes to begin, then faster.")] = (
+        False
+    )
     decoder: Annotated[
         str, typer.Option(help="auto (decord where it is exact, else PyAV), decord, pyav, torchcodec.")
-    ] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Decode processes. (default: one a core)", min=1)] = None,
-    worker_memory: Annotated[float, typer.Option(help="GiB that a decode process may take for one video.")] = 4.0,
+    ] = "auto"
+    workers: Annotated[int | None, typer.Option(help="Decode processes. (default: one a core)", min=1)] = None
+    worker_memory: Annotated[float, typer.Option(help="GiB that a decode process may take for one video.")] = 4.0
     timeout: Annotated[
         float, typer.Option(help="Seconds without progress after which the decoding of one video is killed.")
-    ] = 60.0,
+    ] = 60.0
     on_damage: Annotated[
         str, typer.Option(help="A video that is cut off or has holes: skip it, salvage what is there, or fail the run.")
-    ] = "skip",
+    ] = "skip"
     min_fraction: Annotated[
         float, typer.Option(help="salvage: the smallest share of a video's frames that will do.")
-    ] = 0.5,
-    max_frames: Annotated[int, typer.Option(help="A video that gives more frames is refused.", min=1)] = 36_000,
+    ] = 0.5
+    max_frames: Annotated[int, typer.Option(help="A video that gives more frames is refused.", min=1)] = 36_000
     shard_videos: Annotated[
         int | None, typer.Option(help="Videos to a shard: what a killed run loses. (default: by their size)", min=1)
-    ] = None,
+    ] = None
     shard: Annotated[
         str, typer.Option(help="I/N: only the I-th of N parts of the videos (0/4 … 3/4), beside runs of the others.")
-    ] = "0/1",
-    retry: Annotated[
-        bool, typer.Option("--retry", help="Try again also what failed for good in an earlier run.")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    ] = "0/1"
+    ignore_space: Annotated[bool, typer.Option("--ignore-space", help="Begin although the disk looks too small.")] = (
+        False
+    )
+    retry: Annotated[bool, typer.Option("--retry", help="Try again also what failed for good in an earlier run.")] = (
+        False
+    )
+
+    def tower_options(self) -> tuple[str, str | None, str, str]:
+        """Model, weights, precision and device."""
+        weights = self.pretrained or default_weights(self.model)
+        return self.model, weights, self.precision or default_precision(self.device), self.device
+
+    def frame_spec(self) -> FrameSpec:
+        """Which frames are kept, and how they are cropped."""
+        from coldframe.extract import FrameSpec
+
+        is_random = self.sampling == "random" or self.crops == "random"
+        return FrameSpec(
+            n_frames=self.frames or (8 if self.sampling in ("uniform", "random", "dense") else None),
+            sampling=self.sampling,
+            decoder=self.decoder,
+            stride=self.stride or (4 if self.sampling == "dense" else None),
+            clips=self.clips,
+            rate_fps=self.fps or (1.0 if self.sampling == "fps" else None),
+            crops=None if self.crops == "centre" else self.crops,
+            flip=self.flip or None,
+            seed=self.seed if self.seed is not None or not is_random else 0,
+            draws=self.draws,
+        )
+
+    def options(self, quiet: bool) -> ExtractOptions:
+        """How the run works."""
+        from coldframe.extract import ExtractOptions
+        from coldframe.extract.leases import Part
+        from coldframe.extract.workers import cores
+
+        if self.on_damage not in ("skip", "salvage", "fail"):
+            raise UnknownName("way to treat damage", self.on_damage, ("skip", "salvage", "fail"))
+        return ExtractOptions(
+            workers=self.workers or cores(),
+            timeout_s=self.timeout,
+            worker_bytes=round(self.worker_memory * 2**30),
+            batch_frames=self.batch,
+            shard_videos=self.shard_videos,
+            ignore_space=self.ignore_space,
+            retry=self.retry,
+            salvage=self.min_fraction if self.on_damage == "salvage" else None,
+            stop_at_damage=self.on_damage == "fail",
+            max_frames=self.max_frames,
+            part=Part.parse(self.shard),
+            quiet=quiet,
+        )
+
+
+def takes_extraction(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command all options of an `Extraction`, which becomes its first argument."""
+    shared = inspection.signature(Extraction, eval_str=True).parameters
+    _, *own = inspection.signature(command, eval_str=True).parameters.values()
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own)]
+
+    def run(**given: Any) -> None:
+        asked = Extraction(**{name: given.pop(name) for name in shared})
+        command(asked, **given)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspection.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+@app.command(
+    **about(
+        "Cache the features of every video.",
+        "extract videos/ --store store --for evl_decoder",
+    )
+)
+@takes_extraction
+def extract(asked: Extraction, store: Store, as_json: Json = False, quiet: Quiet = False) -> None:
     """Decode every video once, run the frozen CLIP tower over it, and cache its features. Resumes by itself.
 
     A broken video is counted and explained, and the run goes on; the exit code is then 3. Ctrl-C and SIGTERM keep what
     is done.
     """
-    from coldframe.extract import ExtractOptions, FeatureSpec, FrameSpec, load_tower
+    from coldframe.extract import FeatureSpec, load_tower
     from coldframe.extract import extract as extract_features
-    from coldframe.extract.leases import Part
 
-    if "," in device or device == "all":
-        raise typer.Exit(run_on_devices(device, store, shard, as_json=as_json, quiet=quiet, has_workers=bool(workers)))
-    if on_damage not in ("skip", "salvage", "fail"):
-        raise UnknownName("way to treat damage", on_damage, ("skip", "salvage", "fail"))
-    is_random = sampling == "random" or crops == "random"
-    frame_spec = FrameSpec(
-        n_frames=frames or (8 if sampling in ("uniform", "random", "dense") else None),
-        sampling=sampling,
-        decoder=decoder,
-        stride=stride or (4 if sampling == "dense" else None),
-        clips=clips,
-        rate_fps=fps or (1.0 if sampling == "fps" else None),
-        crops=None if crops == "centre" else crops,
-        flip=flip or None,
-        seed=seed if seed is not None or not is_random else 0,
-        draws=draws,
-    )
-    options = ExtractOptions(
-        workers=workers or cores(),
-        timeout_s=timeout,
-        worker_bytes=round(worker_memory * 2**30),
-        batch_frames=batch,
-        shard_videos=shard_videos,
-        retry=retry,
-        salvage=min_fraction if on_damage == "salvage" else None,
-        stop_at_damage=on_damage == "fail",
-        max_frames=max_frames,
-        part=Part.parse(shard),
-        quiet=quiet,
-    )
-    wanted = wanted_features(features, heads)  # before the tower, whose weights may have to be fetched
-    manifest = open_manifest(videos)
-    tower = load_tower(model, pretrained or default_weights(model), precision or default_precision(device), device)
-    if compiled:
+    if "," in asked.device or asked.device == "all":
+        raise typer.Exit(extract_on_devices(asked, store, as_json, quiet))
+    frames, options = asked.frame_spec(), asked.options(quiet)
+    wanted = wanted_features(asked.features, asked.heads)  # before the tower, whose weights may have to be fetched
+    manifest = open_manifest(asked.videos)
+    tower = load_tower(*asked.tower_options())
+    if asked.compiled:
         tower.compile()
-    spec = FeatureSpec(frame_spec, tower.spec, dtype, token_grid)
+    spec = FeatureSpec(frames, tower.spec, asked.dtype, asked.token_grid)
     with stopped_by_sigterm():
         report = extract_features(manifest, store, tower, spec, wanted, options)
     show(report.to_json(), report.describe(), as_json)
     if report.interrupted or report.n_failed:
         raise typer.Exit(130 if report.interrupted else 3)
+
+
+@app.command(**about("What an extraction will cost, before it starts.", "plan videos/ --for evl_decoder --sample 32"))
+@takes_extraction
+def plan(
+    asked: Extraction,
+    store: Annotated[
+        Path, typer.Option("--store", "-s", help="Where it would go; what is there is not counted.")
+    ] = Path("store"),
+    sample: Annotated[
+        int | None, typer.Option(help="Videos to decode and time. (default: 16, or two a worker)", min=1)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What an extraction will cost on this machine: disk, time, memory, and what the time goes into. Nothing is written.
+
+    Takes the options of `extract`, decodes a random sample of the videos with them, and runs the tower over some frames.
+    """
+    from coldframe.extract import FeatureSpec
+    from coldframe.extract.forecast import forecast, spec_of_stand_in, tower_of_the_same_cost
+
+    frames, options = asked.frame_spec(), asked.options(quiet)
+    wanted = wanted_features(asked.features, asked.heads)
+    manifest = open_manifest(asked.videos)
+    tower, note = tower_of_the_same_cost(*asked.tower_options())
+    if asked.compiled:
+        tower.compile()
+    spec = FeatureSpec(frames, tower.spec, asked.dtype, asked.token_grid)
+    if note:
+        spec = spec_of_stand_in(spec, store)
+    costs = forecast(manifest, store, tower, spec, wanted, options, n_sample=sample)
+    show(costs.to_json() | {"note": note}, costs.describe() + (f"\n{'note':<10}  {note}" if note else ""), as_json)
 
 
 @app.command(**about("What is in a store.", "inspect store --json"))
@@ -232,6 +308,7 @@ def verify(
     """Hold every byte of a store to its checksum; exit code 3 if any is bad and was not mended."""
     from coldframe.extract import ExtractOptions, load_tower, upkeep
     from coldframe.extract.catalogue import Header
+    from coldframe.extract.workers import cores
 
     report = upkeep.verify(store, quiet=quiet)
     if deep or (repair and report.damage):
@@ -537,15 +614,16 @@ def fail(line: str) -> NoReturn:
     sys.exit(2)
 
 
-def run_on_devices(devices: str, store: Path, shard: str, *, as_json: bool, quiet: bool, has_workers: bool) -> int:
+def extract_on_devices(asked: Extraction, store: Path, as_json: bool, quiet: bool) -> int:
     """Run this very command once for each device, on parts of the videos; gives the exit code."""
     from coldframe.extract.fleet import run_fleet, split_devices
     from coldframe.extract.leases import Part
+    from coldframe.extract.workers import cores
 
-    names = split_devices(devices)
-    share = [] if has_workers else ["--workers", str(max(1, cores() // len(names)))]
+    names = split_devices(asked.device)
+    share = [] if asked.workers else ["--workers", str(max(1, cores() // len(names)))]
     command = [sys.executable, "-m", "coldframe.cli", *sys.argv[1:], *share]
-    report, code = run_fleet(command, names, store, Part.parse(shard), quiet=quiet)
+    report, code = run_fleet(command, names, store, Part.parse(asked.shard), quiet=quiet)
     show(report.to_json(), report.describe(), as_json)
     return code
 
@@ -562,11 +640,6 @@ def stopped_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def wanted_features(features: str, heads: str) -> list[str]:

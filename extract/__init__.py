@@ -6,6 +6,7 @@
     frames.py     video → frames                  weights.py     files of weights, read safely
     workers.py    killable decode processes       text.py        class names × templates → text features
     progress.py   what a long run shows           tiny/          coldframe-tiny, the CLIP that ships with the package
+    forecast.py   what a run will cost            space.py       how much disk it will take
 
     writer.py     the store as extract writes it  compress.py    pooled tokens, int8
     store.py      the store as others read it     batches.py     features of many videos as one batch

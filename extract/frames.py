@@ -153,11 +153,7 @@ def decode(
         raise DecodeError(source.problem)
 
     def choose(timestamps_s: Times) -> Views:
-        first, stop = _part(timestamps_s, start_s, end_s)
-        chosen = sample(timestamps_s[first:stop], frames, key, views)
-        if chosen.frames.shape[1] > (options.max_frames or math.inf):
-            raise DecodeError(f"too long: {chosen.frames.shape[1]} frames, at most {options.max_frames} are taken")
-        return Views(first + chosen.frames, chosen.crops)
+        return _choose(timestamps_s, frames, key, start_s, end_s, views, options)
 
     picked = _DECODERS[frames.decoder](source, choose, cropper(frames, transform, key), sink, options)
     return DecodedVideo(
@@ -170,6 +166,52 @@ def decode(
         content_sha256=content_sha256,
         source_bytes=source_bytes,
         kept=picked.kept,
+        views=tuple(range(frames.n_views) if views is None else views),
+    )
+
+
+def probe(
+    path: str | os.PathLike[str],
+    frames: FrameSpec,
+    transform: TransformSpec,
+    sink: Sink,
+    *,
+    key: str = "",
+    start_s: float | None = None,
+    end_s: float | None = None,
+    views: Sequence[int] | None = None,
+    options: DecodeOptions = WHOLE,
+) -> DecodedVideo:
+    """What `decode` would give if the file's header tells the truth; no picture is seen and nothing goes to the sink.
+
+    Raises:
+        DecodeError: it is no video, its header does not say how long it is, or no frame lies in the part asked for.
+        SourceError: there is no such file.
+    """
+    if not Path(path).is_file():  # to open a pipe is to wait for its writer
+        raise SourceError("no such file")
+    try:
+        with av.open(os.path.abspath(path), **_LENIENT) as container:  # noqa: PTH100 - as in `decode`
+            stream = container.streams.best("video")
+            if not isinstance(stream, av.VideoStream):
+                raise DecodeError("no video stream")
+            rate_fps = float(stream.average_rate or stream.guessed_rate or 25)
+            n_frames = stream.frames or round((container.duration or 0) / av.time_base * rate_fps)
+    except (av.FFmpegError, ValueError) as error:
+        raise DecodeError("not a video") from error
+    if n_frames < 1:
+        raise DecodeError("its header does not say how long it is")
+    timestamps_s = np.arange(n_frames) / rate_fps
+    chosen = _choose(timestamps_s, frames, key, start_s, end_s, views, options)
+    return DecodedVideo(
+        rows=chosen.rows,
+        timestamps_s=timestamps_s[chosen.frames],
+        indices=chosen.frames,
+        n_source_frames=n_frames,
+        n_repeated=chosen.n_repeated,
+        decoder="header",
+        content_sha256="",
+        source_bytes=0,
         views=tuple(range(frames.n_views) if views is None else views),
     )
 
@@ -258,6 +300,23 @@ def _part(timestamps_s: Times, start_s: float | None, end_s: float | None) -> tu
             f"no frames in the segment: {start_s} to {end_s} s, but the last is at {timestamps_s[-1]:.2f} s"
         )
     return first, stop
+
+
+def _choose(
+    timestamps_s: Times,
+    frames: FrameSpec,
+    key: str,
+    start_s: float | None,
+    end_s: float | None,
+    views: Sequence[int] | None,
+    options: DecodeOptions,
+) -> Views:
+    """Sample the part of a video that is asked for; raises DecodeError where it is empty or too long."""
+    first, stop = _part(timestamps_s, start_s, end_s)
+    chosen = sample(timestamps_s[first:stop], frames, key, views)
+    if chosen.frames.shape[1] > (options.max_frames or math.inf):
+        raise DecodeError(f"too long: {chosen.frames.shape[1]} frames, at most {options.max_frames} are taken")
+    return Views(first + chosen.frames, chosen.crops)
 
 
 def _by_the_better(source: Source, choose: Choose, crop: Crop, sink: Sink, options: DecodeOptions) -> Picked:

@@ -16,13 +16,12 @@ class Journal:
 
     def __init__(self, store: Path) -> None:
         """Begin, or go on with, the file of this process."""
-        folder = store / "journal"
-        folder.mkdir(exist_ok=True)
-        self._path = folder / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+        self._path = store / "journal" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
 
     def log(self, event: str, **facts: Any) -> None:
         """Append an event; a line is written at once, and is not waited for."""
         line = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
+        self._path.parent.mkdir(exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

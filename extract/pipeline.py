@@ -24,11 +24,13 @@ from torch import Tensor
 
 from ..data_manifests.errors import ConfigError
 from ..data_manifests.records import Manifest, listed
+from .arrays import StoreError
 from .compress import fidelity, pool_tokens, rounded
 from .frames import DecodeError, DecodeOptions
 from .leases import WHOLE, Part
 from .progress import Progress
 from .shards import SALVAGED
+from .space import free_bytes, needed_bytes, readable
 from .specs import FeatureSpec, canonical_features
 from .towers import Tower, TowerError
 from .workers import Answer, Chunk, DecodePool, Failure, Job
@@ -136,6 +138,7 @@ class ExtractOptions:
     salvage: float | None = None  # smallest share of a damaged video's frames that will do; None: only whole videos
     stop_at_damage: bool = False  # end the run at the first video that cannot be read
     max_frames: int | None = 36_000  # of one view; longer videos are refused
+    ignore_space: bool = False  # begin although the disk looks too small
     part: Part = WHOLE  # of the videos, when several processes write one store
     quiet: bool = False
 
@@ -161,7 +164,7 @@ def extract(
         ConfigError: mirrored crops of classes that tell left from right.
     """
     options = options or ExtractOptions()
-    _refuse_flips(spec, manifest)
+    refuse_flips(spec, manifest)
     report = ExtractReport(store)
     started = time.perf_counter()
     asked = canonical_features(features, tower.shape.layers)
@@ -178,11 +181,13 @@ def extract(
         if todo:
             names = canonical_features({n for key in todo for n in writer.missing(key).names}, tower.shape.layers)
             shards = writer.plan(todo)
-            jobs = _jobs(writer, manifest, shards)
+            tasks = list(jobs(writer, manifest, shards))
+            if not options.ignore_space:
+                _refuse_full_disk(writer, tasks, options)
             try:
                 with (
                     Progress(len(todo), "videos", quiet=options.quiet) as progress,
-                    closing(encode_videos(jobs, tower, names, writer.spec, options, report)) as videos,
+                    closing(encode_videos(tasks, tower, names, writer.spec, options, report)) as videos,
                     _Shards(writer, shards, report) as filing,
                 ):
                     for key, answer, features_of_it in videos:
@@ -196,8 +201,22 @@ def extract(
     return report
 
 
+def _refuse_full_disk(writer: FeatureWriter, tasks: Sequence[Job], options: ExtractOptions) -> None:
+    """Raise StoreError where what is to be written, at the least, is more than the disk has room for."""
+    need = needed_bytes(writer, tasks, workers=options.workers, max_frames=options.max_frames)
+    free = free_bytes(writer.path)
+    if free is not None and need.value - need.plus_minus > free:
+        raise StoreError(
+            f"the disk of {writer.path} cannot hold the features",
+            seen=f"{readable(free)} free",
+            wanted=f"{readable(need.value)} for {len(tasks):,} videos",
+            fix="Store fewer features, --dtype int8, --token-grid 7, or fewer frames; `coldframe plan` shows what each "
+            "costs. Or begin all the same with --ignore-space.",
+        )
+
+
 def encode_videos(
-    jobs: Iterable[Job], tower: Tower, names: Sequence[str], spec: FeatureSpec, options: ExtractOptions,
+    tasks: Iterable[Job], tower: Tower, names: Sequence[str], spec: FeatureSpec, options: ExtractOptions,
     report: ExtractReport | None = None,
 ) -> Generator[tuple[str, Answer, dict[str, Tensor]], None, None]:  # fmt: skip
     """Decode and encode videos, in whichever order they are done.
@@ -206,26 +225,31 @@ def encode_videos(
         A job's key; what was decoded, or why it was not; and its features, array name → [n, ...] for its n crops.
     """
     report = report or ExtractReport(Path())
-    with DecodePool(
-        spec.frames,
-        spec.tower.transform,
-        workers=options.workers,
-        timeout_s=options.timeout_s,
-        memory_bytes=options.worker_bytes,
-        options=DecodeOptions(options.salvage, options.max_frames),
-    ) as pool:
-        encoder = _Encoder(tower, names, spec, options.batch_frames, report)
-        yield from encoder.run(_timed(pool.decode(jobs), report))
+    with decode_pool(spec, options) as pool:
+        encoder = Encoder(tower, names, spec, options.batch_frames, report)
+        yield from encoder.run(_timed(pool.decode(tasks), report))
 
 
-def _jobs(writer: FeatureWriter, manifest: Manifest, shards: Sequence[Sequence[str]]) -> Iterator[Job]:
+def jobs(writer: FeatureWriter, manifest: Manifest, shards: Iterable[Iterable[str]]) -> Iterator[Job]:
     """What has to be decoded, shard by shard."""
     for key in (key for ids in shards for key in ids):
         record = manifest.by_id[key]
         yield Job(key, manifest.path_of(record), record.start_s, record.end_s, writer.missing(key).views)
 
 
-def _refuse_flips(spec: FeatureSpec, manifest: Manifest) -> None:
+def decode_pool(spec: FeatureSpec, options: ExtractOptions) -> DecodePool:
+    """The decode processes of a run; entering it starts them."""
+    return DecodePool(
+        spec.frames,
+        spec.tower.transform,
+        workers=options.workers,
+        timeout_s=options.timeout_s,
+        memory_bytes=options.worker_bytes,
+        options=DecodeOptions(options.salvage, options.max_frames),
+    )
+
+
+def refuse_flips(spec: FeatureSpec, manifest: Manifest) -> None:
     """Refuse mirrored crops of classes that tell left from right."""
     sided = [
         name for name in manifest.class_names if re.search(r"\b(left|right)", name.replace("_", " "), re.IGNORECASE)
@@ -251,7 +275,7 @@ def _timed(
         yield arrival
 
 
-class _Encoder:
+class Encoder:
     """Runs the tower over crops as they arrive, whichever videos they are of, and puts the videos together again."""
 
     def __init__(

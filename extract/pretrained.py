@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..data_manifests.errors import ConfigError, UnknownName
 from .specs import TransformSpec
 from .tiny import CONFIG, WEIGHTS
-from .weights import TowerError, first_line, read_weights
+from .weights import NoWeights, TowerError, first_line, read_weights
 
 TINY = "coldframe-tiny"
 
@@ -190,7 +190,7 @@ def _download(name: str, tag: str, facts: Mapping[str, Any]) -> Path:
             return Path(open_clip.download_pretrained(dict(facts)))
     except (OSError, RuntimeError) as error:
         address = facts.get("url") or f"https://huggingface.co/{facts.get('hf_hub', '')}"
-        raise TowerError(
+        raise NoWeights(
             f"the weights {tag!r} of {name} could not be downloaded ({first_line(error)})",
             fix=f"Without network, fetch them from {address} elsewhere and give the file in place of the tag.",
         ) from error

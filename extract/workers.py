@@ -50,6 +50,11 @@ _SLOTS, _SLOT_CROPS = 3, 32  # parts of a video in shared memory, a worker; crop
 _SERVICE_VIDEOS, _SERVICE_BYTES = 1000, 1 << 30  # a worker is replaced after so many videos, or grown by so much
 
 
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Job(NamedTuple):
     """One video to decode."""
 

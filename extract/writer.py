@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # A shard is what a killed run loses and what a commit holds in memory; but every shard costs each reader a few files.
 SHARD_BYTES, SHARD_VIDEOS = 256 << 20, 256
+_INDEX_BYTES = 16  # of one frame in one array
+_ROW_BYTES, _SUM_BYTES, _META_BYTES = 95, 5, 2500  # about: of a view, of its array, of an array's description
 _USUAL_FRAMES = 300  # of a video whose length is not fixed
 _ATTEMPTS = 3  # at a video that failed for now; then it needs a word from the user
 
@@ -43,14 +46,15 @@ class FeatureWriter:
         catalogue: Catalogue,
         manifest: Manifest,
         features: tuple[str, ...],
-        lease: Lease,
+        part: Part,
+        lease: Lease | None,
     ) -> None:
-        """Use `open`."""
+        """Use `open` or `preview`."""
         self.path, self.features = path, features
         self._header, self._catalogue, self._manifest = header, catalogue, manifest
         self._journal = Journal(path)
         self._next_number = catalogue.shards[-1].number + 1 if catalogue.shards else 0
-        self._lease = lease
+        self._part, self._lease = part, lease
         self.void: Mapping[str, Container[str]] = {}  # video id -> arrays that are there but shall be written again
         self._shard_videos = SHARD_VIDEOS
 
@@ -92,10 +96,35 @@ class FeatureWriter:
                 if not others or _manifest_of(path, header) is None:
                     replace_file(path / MANIFEST, manifest.write)
                 header.write(path)
-            writer = cls(path, header, catalogue, manifest, names, lease)
+            writer = cls(path, header, catalogue, manifest, names, part, lease)
         except BaseException:
             lease.close()  # a traceback that somebody keeps would hold it
             raise
+        writer._shard_videos = shard_videos or SHARD_VIDEOS
+        return writer
+
+    @classmethod
+    def preview(
+        cls,
+        path: Path | str,
+        spec: FeatureSpec,
+        shape: TowerShape,
+        features: Iterable[str],
+        manifest: Manifest,
+        *,
+        shard_videos: int | None = None,
+        part: Part = WHOLE,
+    ) -> Self:
+        """What `open` would find, to ask it what is missing: nothing is touched, nobody is kept out, nothing is written.
+
+        Raises:
+            SpecMismatch, StoreError: as `open`.
+        """
+        path, names = Path(path), canonical_features(features, shape.layers)
+        _refuse_other_folder(path)
+        catalogue = Catalogue(map(Shard.read, committed(path / SHARDS)))
+        header = _new_header(path, spec, shape, names, manifest, catalogue, others=0)
+        writer = cls(path, header, catalogue, manifest, names, part, lease=None)
         writer._shard_videos = shard_videos or SHARD_VIDEOS
         return writer
 
@@ -107,7 +136,8 @@ class FeatureWriter:
 
     def close(self) -> None:
         """Let another writer in."""
-        self._lease.close()
+        if self._lease:
+            self._lease.close()
 
     @property
     def spec(self) -> FeatureSpec:
@@ -117,10 +147,10 @@ class FeatureWriter:
     @property
     def ids(self) -> list[str]:
         """Ids of the videos of this writer's part, sorted."""
-        return [video_id for video_id in sorted(self._manifest.ids) if self._lease.part.holds(video_id)]
+        return [video_id for video_id in sorted(self._manifest.ids) if self._part.holds(video_id)]
 
     def _is_mine(self, video_id: str) -> bool:
-        return video_id in self._manifest.by_id and self._lease.part.holds(video_id)
+        return video_id in self._manifest.by_id and self._part.holds(video_id)
 
     @property
     def failures(self) -> list[VideoRow]:
@@ -171,8 +201,30 @@ class FeatureWriter:
             shards += [group[at : at + size] for at in range(0, len(group), size)]
         return shards
 
+    def frame_bytes(self, name: str) -> int:
+        """Bytes of one frame of a feature, with the scales of its tokens."""
+        return sum(map(self._header.frame_bytes, arrays_of(name, self._header.spec.dtype)))
+
+    def bytes_of(self, lengths: Mapping[str, float]) -> tuple[dict[str, int], int]:
+        """What videos with so many frames a view will take on the disk: by feature, and besides (times, indices, rows)."""
+        by_feature: Counter[str] = Counter()
+        besides = 0.0
+        for ids in self.plan(lengths):
+            missing = self.missing(ids[0])  # that of all videos of the shard
+            n_frames = sum(lengths[video_id] for video_id in ids) * len(missing.views)
+            n_arrays = 1  # the times
+            for name in missing.names:
+                by_feature[name] += round(n_frames * self.frame_bytes(name))
+                n_arrays += len(arrays_of(name, self._header.spec.dtype))
+            besides += n_frames * (self._header.frame_bytes(TIMES) + _INDEX_BYTES * (n_arrays - 1))
+            besides += len(ids) * len(missing.views) * (_ROW_BYTES + _SUM_BYTES * n_arrays) + _META_BYTES * (
+                1 + n_arrays
+            )
+        return dict(by_feature), round(besides)
+
     def begin_shard(self, ids: Sequence[str]) -> ShardBuilder:
         """Begin one shard of a plan; it is numbered now and written when it is committed."""
+        assert self._lease, "a preview writes nothing"
         number, self._next_number = self._next_number, self._next_number + 1
         missing = {name for video_id in ids for name in self.missing(video_id).names}
         self._journal.log("started", shard=number, n_videos=len(ids))
@@ -185,8 +237,7 @@ class FeatureWriter:
 
     def _videos_in_a_shard(self, missing: Missing) -> int:
         n_frames = (self._header.spec.frames.n_frames or _USUAL_FRAMES) * len(missing.views)
-        arrays = [array for name in missing.names for array in arrays_of(name, self._header.spec.dtype)]
-        n_bytes = n_frames * sum(map(self._header.frame_bytes, arrays))
+        n_bytes = n_frames * sum(map(self.frame_bytes, missing.names))
         return min(max(SHARD_BYTES // max(n_bytes, 1), 1), self._shard_videos)
 
 
@@ -268,6 +319,7 @@ class ShardBuilder:
             return
         ok = [(row.video_id, row.view) for row in rows if row.is_ok]
         arrays = {name: [parts[key] for key in ok] for name, parts in self._arrays.items()}
+        assert self._writer._lease
         self._writer._lease.check()
         shard = write_shard(self._writer.path / SHARDS, self._number, rows, arrays)
         self._writer._catalogue.add(shard)

@@ -169,6 +169,54 @@ def test_real_clips_of_every_container(run, tmp_path: Path, shared: Path) -> Non
     assert len(report["failures"]) <= 1, report["failures"]  # one of the hard files is no video
 
 
+# Plans
+
+
+def test_a_plan_says_what_extract_will_write(run, store: Path, tmp_path: Path) -> None:
+    videos = FeatureStore.open(store).manifest.root
+    options = (videos, "--store", "new", "--features", "tokens.-1", "--dtype", "int8", "--frames", "4", *TINY)
+    code, out, _ = run("plan", *options, "--sample", "2", "--json")
+    told = json.loads(out)
+    assert (code, told["n_todo"], told["frames"]["value"], told["note"]) == (0, 10, 40, "")
+    assert not (tmp_path / "new").exists()
+    assert run("extract", *options)[0] == 0
+    written = sum(file.stat().st_size for file in (tmp_path / "new").rglob("*") if file.is_file())
+    assert told["total_bytes"]["value"] == pytest.approx(written, rel=0.02)
+    code, out, _ = run("plan", *options)
+    assert (code, "nothing to do" in out) == (0, True)
+
+
+def test_a_plan_without_network_or_room_still_plans(run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("open_clip.download_pretrained", fail)
+    monkeypatch.setattr("coldframe.extract.forecast.free_bytes", lambda _: 10)
+    videos = FeatureStore.open(store).manifest.root
+    options = ("--model", "ViT-S-32-alt", "--pretrained", "far", "--features", "tokens.-1", "--quiet")
+    refused(run("plan", videos, *options), "'far'")  # such weights were never published
+    tag = ("--model", "RN50-quickgelu", "--features", "embedding", "--quiet", "--sample", "1", "--workers", "1")
+    code, out, _ = run("plan", videos, *tag, "--frames", "1", "--batch", "1")
+    assert code == 0
+    assert "DOES NOT FIT" in out
+    assert "random ones stand in" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--store", "{store}", "--features", "embedding", "--frames", "4"), ("n_frames",)),
+        (("--sampling", "fps", "--stride", "2"), ("stride",)),
+        (("--for", "evl_decodr"), ("evl_decoder",)),
+        (("--shard", "4/4"), ("0/4",)),
+    ],
+)
+def test_a_plan_is_refused_where_extract_would_be(run, store: Path, options: tuple[str, ...], words: tuple) -> None:
+    videos, options = FeatureStore.open(store).manifest.root, tuple(option.format(store=store) for option in options)
+    refused(run("plan", videos, *options, *TINY), *words)
+    refused(run("extract", videos, "--store", "new", *options, *TINY), *words)
+
+
 # Names
 
 

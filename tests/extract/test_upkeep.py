@@ -136,14 +136,14 @@ def test_repair_extracts_only_what_is_bad(store: Path, tower: Tower, monkeypatch
     report = upkeep.verify(store, quiet=True)
     assert report.videos == {opened.ids[0]: ("tokens.4",)}
     decoded: list[str] = []
-    real = upkeep.extract.__globals__["_jobs"]
+    real = upkeep.extract.__globals__["jobs"]
 
     def counted(*args):
         for job in real(*args):
             decoded.append(job.key)
             yield job
 
-    monkeypatch.setitem(upkeep.extract.__globals__, "_jobs", counted)
+    monkeypatch.setitem(upkeep.extract.__globals__, "jobs", counted)
     upkeep.repair(store, tower, report, HERE)
     assert decoded == [opened.ids[0]]
 
