@@ -54,6 +54,7 @@ _BYTES_PER_S = 2 << 20  # a file of this size has one second more to show progre
 _SLOTS, _SLOT_CROPS = 3, 32  # parts of a video in shared memory, a worker; crops to a part, at most
 _PART_S = 1.0  # a part that is not full after so long is sent: it is progress
 _SERVICE_VIDEOS, _SERVICE_BYTES = 1000, 1 << 30  # a worker is replaced after so many videos, or grown by so much
+_NEXT_VIDEO = b"\0"  # written between what decoders say of one video and of the next
 _LEAST_BYTES = 128 << 20  # decord takes 50 MB before it has seen a video
 
 
@@ -314,7 +315,7 @@ class _Worker:
         self._is_gone = False
         self._ran_out: Failure | None = None  # of memory
         self._waits_since_s = time.monotonic()
-        self._words = b""  # the end of what the decoders wrote since the last answer
+        self._words = b""  # the end of what the decoders wrote
         self.pipe, theirs = _SPAWN.Pipe()
         self._noise, their_noise = _SPAWN.Pipe(duplex=False)
         os.set_blocking(self._noise.fileno(), False)
@@ -366,7 +367,7 @@ class _Worker:
                     case _Done(answer, is_last):
                         heard.append((self.tasks.popleft(), answer))
                         self.has_served = is_last
-                        self.progress_s, self._waits_since_s, self._words = None, time.monotonic(), b""
+                        self.progress_s, self._waits_since_s = None, time.monotonic()
                     case Failure() as failure:
                         self._ran_out = failure
                         break
@@ -390,7 +391,9 @@ class _Worker:
             self._listen()
             code = self._process.exitcode
             cause = f"crashed (signal {-code})" if code is not None and code < 0 else f"exited (code {code})"
-            last_words = self._words.decode(errors="replace").strip().rpartition("\n")[2][:200]
+            last_words = (
+                self._words.rpartition(_NEXT_VIDEO)[2].decode(errors="replace").strip().rpartition("\n")[2][:200]
+            )
             if last_words.endswith(("MemoryError", "std::bad_alloc")):
                 return replace(_out_of_memory(self._orders.memory_bytes), seconds=spent_s)
             was_killed = code == -signal.SIGKILL  # by the system, for want of memory
@@ -475,6 +478,8 @@ def _serve(pipe: Connection, noise: Connection, orders: _Orders) -> None:
             pipe.send(_Started(began_s, 0))  # before anything that a disk can hold up
             if size := _size(task.job.path):
                 pipe.send(_Started(began_s, size))
+            with suppress(BlockingIOError):
+                os.write(2, _NEXT_VIDEO)
             sink = _SharedParts(slots, inbox)
             answer: Answer | None = None
             with suppress(MemoryError):

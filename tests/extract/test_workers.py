@@ -44,7 +44,7 @@ def decode(path, frames, transform, sink, *, key, start_s, end_s, views, options
     what, *args = path.split(":")
     what = os.path.basename(what)
     is_first = frames.decoder == "auto"
-    n = int(args[0]) if args and args[0].isdigit() else frames.length
+    n = int(args[0]) if args and args[0].isdigit() else frames.n_frames or 0
     side = transform.size_px
     peak = memory("VmHWM")
 
@@ -106,7 +106,7 @@ def decode(path, frames, transform, sink, *, key, start_s, end_s, views, options
             full.append(bytearray(1 << 20))
     elif what == "leak":
         kept.append(bytearray(n << 20))
-        n = frames.length
+        n = frames.n_frames
     elif what == "leak all":
         kept.append([])
         while True:
@@ -123,7 +123,7 @@ def decode(path, frames, transform, sink, *, key, start_s, end_s, views, options
             put(k, k + 1)
     elif what != "too few":
         put(0, n)
-    rows = np.arange(frames.length if what == "too few" else n)[None]
+    rows = np.arange(frames.n_frames if what == "too few" else n)[None]
     return DecodedVideo(
         rows=rows, timestamps_s=rows + (start_s or 0.0), indices=rows,
         n_source_frames=2, n_repeated=np.zeros(1, np.int64), decoder=frames.decoder,
@@ -341,7 +341,7 @@ def test_workers_are_replaced_before_leaks_matter(faulty: ModuleType, monkeypatc
 
 
 def test_workers_are_replaced_after_many_videos(faulty: ModuleType) -> None:
-    many = [f"good:{n}" for n in range(1, 2004)]
+    many = [f"good:1:{n}" for n in range(2003)]
     with DecodePool(PYAV, TRANSFORM, workers=1, decode=faulty.decode) as pool:
         found = run(pool, many)
     assert [*Counter(pid(found[path]) for path in many).values()] == [1000, 1000, 3]
@@ -410,12 +410,14 @@ def test_a_caller_of_this_process_may_walk_away(faulty: ModuleType) -> None:
         next(taken)
         taken.close()
         wait_until(lambda: not any(thread.name == "coldframe-decode" for thread in threading.enumerate()))
-        found = run(pool, ["good:40", "bad", "gone", "bug", "bad midway:90", "nothing"])
+        found = run(pool, ["good:40", "gone:1", "bad midway:90", "nothing"])
         found["good:40"].check("good:40", 40)
-        assert failure(found["gone"]) == ("file is missing", 1, False)
+        assert failure(found["gone:1"]) == ("file is missing", 1, False)
+        assert failure(found["bad midway:90"]) == ("corrupt: the end", 1, True)
+        assert failure(found["nothing"]) == ("decoder gave 0 of 0 crops", 1, True)
         assert pool.waiting_s > 0
         with pytest.raises(SystemExit):
-            run(pool, ["quit"])
+            run(pool, ["quit:1"])
 
 
 def test_the_pool_gives_what_decoding_here_gives(tmp_path: Path) -> None:
