@@ -55,7 +55,7 @@ _SLOTS, _SLOT_CROPS = 3, 32  # parts of a video in shared memory, a worker; crop
 _PART_S = 1.0  # a part that is not full after so long is sent: it is progress
 _SERVICE_VIDEOS, _SERVICE_BYTES = 1000, 1 << 30  # a worker is replaced after so many videos, or grown by so much
 _NEXT_VIDEO = b"\0"  # written between what decoders say of one video and of the next
-_LEAST_BYTES = 128 << 20  # decord takes 50 MB before it has seen a video
+_LEAST_BYTES = 512 << 20  # decord asks for up to 256 MB in one piece: half of what is allowed, see `_serve`
 
 
 class Job(NamedTuple):
@@ -127,7 +127,7 @@ class DecodePool:
             raise ConfigError("a video needs some time", seen=f"timeout_s={timeout_s}", wanted="more than 0 seconds")
         if memory_bytes < _LEAST_BYTES:
             raise ConfigError(
-                "a video needs some memory", seen=f"{memory_bytes:,} bytes", wanted=f"at least {_LEAST_BYTES:,}"
+                "a video needs some memory", seen=_gib(memory_bytes), wanted=f"at least {_gib(_LEAST_BYTES)}"
             )
         self.decoding_s = 0.0
         self.waiting_s = 0.0
@@ -182,9 +182,11 @@ class DecodePool:
         `auto`.
 
         Raises:
-            RuntimeError: workers die before their first video; the environment is broken.
+            RuntimeError: workers die before their first video; the environment is broken. Or the pool was not entered.
         """
         tasks = (_Task(job, self._frames, self._options) for job in jobs)
+        if len(self._workers) < self._n_workers:
+            raise RuntimeError("the pool has no workers: enter it first, as a context manager")
         if not self._workers:
             for task in tasks:
                 for arrival in self._decode_here(task):
@@ -394,7 +396,7 @@ class _Worker:
             last_words = (
                 self._words.rpartition(_NEXT_VIDEO)[2].decode(errors="replace").strip().rpartition("\n")[2][:200]
             )
-            if last_words.endswith(("MemoryError", "std::bad_alloc")):
+            if last_words.endswith(("MemoryError", "std::bad_alloc", "Cannot allocate memory")):
                 return replace(_out_of_memory(self._orders.memory_bytes), seconds=spent_s)
             was_killed = code == -signal.SIGKILL  # by the system, for want of memory
             reason = f"decoder {cause}" + (f": {last_words}" if last_words else "")
@@ -485,12 +487,14 @@ def _serve(pipe: Connection, noise: Connection, orders: _Orders) -> None:
             with suppress(MemoryError):
                 answer = _attempt(orders.decode, task, orders.transform, sink)
             sink.release()
-            if answer is None or (_is_damaged(answer) and _peak_bytes() > born_bytes + orders.memory_bytes // 2):
+            # FFmpeg's decoders call it damage where an allocation has failed, or skip frames; more than half was in use.
+            is_short = _peak_bytes() > born_bytes + orders.memory_bytes // 2
+            if answer is None or (is_short and _is_damaged(answer)):
                 pipe.send(_out_of_memory(orders.memory_bytes))
                 return
             n_done += 1
-            too_large = born_bytes + min(_SERVICE_BYTES, orders.memory_bytes // 2)
-            is_last = n_done >= _SERVICE_VIDEOS or _memory_bytes() > too_large
+            has_leaked = _memory_bytes() > born_bytes + min(_SERVICE_BYTES, orders.memory_bytes // 2)
+            is_last = is_short or has_leaked or n_done >= _SERVICE_VIDEOS
             pipe.send(_Done(answer, is_last))
             if is_last:
                 return
@@ -614,11 +618,15 @@ class _QueuedParts(_Parts):
 
 
 def _out_of_memory(limit_bytes: int) -> Failure:
-    return Failure(f"out of memory: a worker may take {limit_bytes / 2**30:.3g} GiB for a video", is_final=False)
+    return Failure(f"out of memory: a worker may take {_gib(limit_bytes)} for a video", is_final=False)
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.3g} GiB"
 
 
 def _is_damaged(answer: Answer) -> bool:
-    """Whether part of a video is missing: decoders report damage, or skip frames, where an allocation has failed."""
+    """Whether the video, or part of it, is missing."""
     return answer.is_final if isinstance(answer, Failure) else answer.kept < 1
 
 

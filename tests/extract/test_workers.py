@@ -227,18 +227,18 @@ def test_a_bad_video_costs_one_video(faulty: ModuleType, tmp_path: Path) -> None
         run(pool, good)  # the pool lives on
 
 
-@pytest.mark.parametrize("n", [2, 90])
-def test_where_the_choice_is_free_a_lost_video_is_tried_by_pyav(faulty: ModuleType, n: int) -> None:
+def test_where_the_choice_is_free_a_lost_video_is_tried_by_pyav(faulty: ModuleType) -> None:
+    n = 90
     once = [f"{what} once:{n}" for what in ("crash", "crash midway", "hang", "eat")]
     always = [f"crash midway:{n}", f"hang midway:{n}"]
-    with DecodePool(FRAMES, TRANSFORM, workers=1, timeout_s=0.5, memory_bytes=128 << 20, decode=faulty.decode) as pool:
+    with DecodePool(FRAMES, TRANSFORM, workers=1, timeout_s=0.8, memory_bytes=512 << 20, decode=faulty.decode) as pool:
         found = run(pool, [*once, *always, "good"])
     assert found["good"].answer.decoder == "auto"
     for path in once:
         found[path].check(path, n)
         assert found[path].answer.decoder == "pyav"
     assert failure(found[always[0]]) == ("decoder crashed (signal 11)", 2, True)
-    assert failure(found[always[1]]) == ("timed out after 0.5 s", 2, True)
+    assert failure(found[always[1]]) == ("timed out after 0.8 s", 2, True)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -271,25 +271,25 @@ def test_neither_side_holds_more_than_a_few_parts(faulty: ModuleType, workers: i
 
 
 def test_a_slow_caller_costs_no_video_its_time(faulty: ModuleType) -> None:
-    with DecodePool(ANY, TRANSFORM, workers=1, timeout_s=0.4, decode=faulty.decode) as pool:
+    with DecodePool(ANY, TRANSFORM, workers=1, timeout_s=0.7, decode=faulty.decode) as pool:
 
         def slowly() -> Iterator[tuple[str, Any]]:
             for number, arrival in enumerate(pool.decode([Job("a", "good:300"), Job("b", "good:300")])):
                 yield arrival
-                time.sleep(0.6 if number in (0, 3, 11) else 0)
+                time.sleep(1.0 if number in (0, 11) else 0)
 
         found = gather(slowly())
     assert all(isinstance(got.answer, DecodedVideo) for got in found.values()), found
-    assert found["a"].answer.seconds < 0.4, "the caller's time is not the decoder's"
-    assert pool.decoding_s < 0.8
+    assert found["a"].answer.seconds < 0.7, "the caller's time is not the decoder's"
+    assert pool.decoding_s < 1.4
 
 
-def test_progress_is_what_counts(faulty: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = "paced:8:0.4"
-    with DecodePool(ANY, TRANSFORM, workers=1, timeout_s=2.0, decode=faulty.decode) as pool:
+def test_progress_is_what_counts(faulty: ModuleType) -> None:
+    path = "paced:6:0.4"
+    with DecodePool(ANY, TRANSFORM, workers=1, timeout_s=1.8, decode=faulty.decode) as pool:
         found = run(pool, [path])  # longer than the limit, and less than one part
-    found[path].check(path, 8)
-    assert found[path].answer.seconds > 3
+    found[path].check(path, 6)
+    assert found[path].answer.seconds > 2
     assert found[path].n_parts > 1
 
 
@@ -301,43 +301,42 @@ def test_a_large_file_has_more_time(faulty: ModuleType, tmp_path: Path) -> None:
     assert failure(found[str(tmp_path / "hang")]) == ("timed out after 1.25 s", 1, True)
 
 
-@pytest.mark.parametrize("what", ["eat", "eat midway:90", "leak all", "bad alloc", "drop:100"])
+@pytest.mark.parametrize("what", ["eat", "eat midway:90", "leak all", "bad alloc", "drop:300"])
 def test_a_video_that_eats_memory_harms_no_other(faulty: ModuleType, what: str) -> None:
     good = [f"good:{i}" for i in range(2, 8)]
-    with DecodePool(PYAV, TRANSFORM, workers=1, memory_bytes=128 << 20, decode=faulty.decode) as pool:
+    with DecodePool(PYAV, TRANSFORM, workers=1, memory_bytes=512 << 20, decode=faulty.decode) as pool:
         found = run(pool, [*good[:3], what, *good[3:]])
-    assert failure(found[what]) == ("out of memory: a worker may take 0.125 GiB for a video", 1, False)
+    assert failure(found[what]) == ("out of memory: a worker may take 0.5 GiB for a video", 1, False)
     for path in good:
         found[path].check(path, int(path[-1]))
     assert pid(found[good[2]]) != pid(found[good[3]])
 
 
 def test_real_decoders_under_the_memory_limit(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    picture = rng.integers(0, 255, (720, 1280, 3), dtype=np.uint8)
     path = str(tmp_path / "a.mp4")
-    write_video(path, (np.roll(picture, i, 1) for i in range(30)), fps=10, options={"preset": "ultrafast"})
+    pictures = (np.full((2160, 3840, 3), 8 * i, np.uint8) for i in range(30))
+    write_video(path, pictures, fps=10, options={"preset": "ultrafast", "g": "5"})
     for decoder in ("decord", "pyav"):
         frames = FrameSpec(n_frames=4, decoder=decoder)
-        with DecodePool(frames, TRANSFORM, workers=1, memory_bytes=192 << 20) as pool:
+        with DecodePool(frames, TRANSFORM, workers=1, memory_bytes=512 << 20) as pool:
             found = run(pool, [path])
         sink = Crops()
         decode(path, frames, TRANSFORM, sink)
         assert found[path].answer.decoder == decoder
         np.testing.assert_array_equal(found[path].crops, sink)
-    many = FrameSpec(n_frames=60, decoder="decord")  # 30 pictures in one batch are 83 MB, and decord holds more
-    with DecodePool(many, TRANSFORM, workers=1, memory_bytes=128 << 20) as pool:
+    many = FrameSpec(n_frames=30, decoder="decord")  # in three batches of 249 MB, and decord holds more
+    with DecodePool(many, TRANSFORM, workers=1, memory_bytes=512 << 20) as pool:
         reason, _, is_final = failure(run(pool, [path])[path])
     assert not is_final, reason
 
 
-def test_workers_are_replaced_before_leaks_matter(faulty: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    leaky = [f"leak:{n}" for n in range(40, 48)]  # MB; 64 is half of what a worker may take
-    with DecodePool(PYAV, TRANSFORM, workers=1, memory_bytes=128 << 20, decode=faulty.decode) as pool:
+def test_workers_are_replaced_before_leaks_matter(faulty: ModuleType) -> None:
+    leaky = [f"leak:{n}" for n in range(140, 146)]  # MB; 256 is half of what a worker may take
+    with DecodePool(PYAV, TRANSFORM, workers=1, memory_bytes=512 << 20, decode=faulty.decode) as pool:
         found = run(pool, leaky)
     for path in leaky:
         found[path].check(path)
-    assert [*Counter(pid(found[path]) for path in leaky).values()] == [2] * 4
+    assert [*Counter(pid(found[path]) for path in leaky).values()] == [2] * 3
 
 
 def test_workers_are_replaced_after_many_videos(faulty: ModuleType) -> None:
@@ -517,8 +516,13 @@ def test_a_time_limit_of_nothing_is_refused(timeout_s: float) -> None:
         DecodePool(FRAMES, TRANSFORM, timeout_s=timeout_s)
 
 
+def test_a_pool_that_was_not_entered_decodes_nothing() -> None:
+    with pytest.raises(RuntimeError, match="enter it first"):
+        list(DecodePool(FRAMES, TRANSFORM, workers=1).decode([Job("a", "a")]))
+
+
 def test_no_memory_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected at least 134,217,728"):
+    with pytest.raises(ConfigError, match="found 0 GiB; expected at least 0.5 GiB"):
         DecodePool(FRAMES, TRANSFORM, memory_bytes=0)
 
 
