@@ -284,10 +284,11 @@ def test_a_slow_caller_costs_no_video_its_time(faulty: ModuleType) -> None:
         def slowly() -> Iterator[tuple[str, Any]]:
             for number, arrival in enumerate(pool.decode([Job("a", "good:300"), Job("b", "good:300")])):
                 yield arrival
-                time.sleep(1.0 if number in (0, 11) else 0)
+                time.sleep(1.2 if number in (0, 11) else 0)
 
         found = gather(slowly())
     assert all(isinstance(got.answer, DecodedVideo) for got in found.values()), found
+    assert [got.n_parts for got in found.values()] == [10, 10], "waiting for the caller makes no part smaller"
     assert found["a"].answer.seconds < 0.7, "the caller's time is not the decoder's"
     assert pool.decoding_s < 1.4
 
