@@ -7,9 +7,12 @@ Crops come back through shared memory, a few at a time, so that a video may be o
 
     parent  ── task ──────────▶  worker    a worker holds at most `ahead` tasks: the one in work, and those waiting
     parent  ◀── started ───────  worker    the video's time runs from here
-    parent  ◀── part in slot ──  worker    up to `slot_crops` crops; the time begins anew
+    parent  ◀── part in slot ──  worker    some crops; the time begins anew
     parent  ── slot is free ──▶  worker    the parent has copied them
     parent  ◀── answer ────────  worker    the video is done, or has failed
+
+The parent takes one part of each worker at a time, and a worker without a free slot waits: whoever is slower, neither
+side holds more than a few parts.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import queue
 import resource
 import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,7 +42,7 @@ from numpy.typing import NDArray
 
 from ..data_manifests.errors import ConfigError
 from .crops import Picture
-from .frames import WHOLE, Crops, DecodedVideo, DecodeError, DecodeOptions, Sink, SourceError, decode
+from .frames import WHOLE, DecodedVideo, DecodeError, DecodeOptions, SourceError, decode
 from .specs import FrameSpec, TransformSpec
 
 _SPAWN = multiprocessing.get_context("spawn")  # decord does not survive a fork (decord #220)
@@ -47,7 +52,10 @@ _FAREWELL_S = 5.0  # between a process's last word and its exit code
 _STILLBORN = 3  # the environment is broken; fewer may have been killed for want of memory
 _BYTES_PER_S = 2 << 20  # a file of this size has one second more to show progress
 _SLOTS, _SLOT_CROPS = 3, 32  # parts of a video in shared memory, a worker; crops to a part, at most
+_PART_S = 1.0  # a part that is not full after so long is sent: it is progress
 _SERVICE_VIDEOS, _SERVICE_BYTES = 1000, 1 << 30  # a worker is replaced after so many videos, or grown by so much
+_NEXT_VIDEO = b"\0"  # written between what decoders say of one video and of the next
+_LEAST_BYTES = 512 << 20  # decord asks for up to 256 MB in one piece: half of what is allowed, see `_serve`
 
 
 def cores() -> int:
@@ -118,10 +126,14 @@ class DecodePool:
             decode: must be importable by its name; it runs in the workers.
 
         Raises:
-            ConfigError: a time limit that is not more than 0.
+            ConfigError: a time limit that is not more than 0, or too little memory to start with.
         """
         if not timeout_s > 0:  # NaN is not
             raise ConfigError("a video needs some time", seen=f"timeout_s={timeout_s}", wanted="more than 0 seconds")
+        if memory_bytes < _LEAST_BYTES:
+            raise ConfigError(
+                "a video needs some memory", seen=_gib(memory_bytes), wanted=f"at least {_gib(_LEAST_BYTES)}"
+            )
         self.decoding_s = 0.0
         self.waiting_s = 0.0
         self._frames, self._transform, self._options = frames, transform, options
@@ -134,27 +146,36 @@ class DecodePool:
         self._stillborn = 0  # workers lost in a row before their first video
 
     def __enter__(self) -> Self:
-        side, n_crops = self._transform.size_px, _SLOT_CROPS
-        if self._frames.n_frames is not None:
-            n_crops = min(n_crops, self._frames.n_frames * self._frames.n_views)
-        shape = (self._n_workers, _SLOTS, n_crops, 3, side, side)
         if self._n_workers:
             _fill_standard_descriptors()
+            shape = (self._n_workers, _SLOTS, *self._part_shape)
             # One anonymous file, unlinked at birth: nothing is left behind however a process dies, and where
             # /dev/shm is too small for all slots the standard library takes the folder of temporary files.
             memory: Any = _SPAWN.RawArray(c_uint8, math.prod(shape))
             slots = np.frombuffer(memory, np.uint8).reshape(shape)
-            self._workers = [
-                _Worker(
-                    _Orders(memory, shape, number, self._transform, self._decode, self._memory_bytes), slots[number]
-                )
-                for number in range(self._n_workers)
-            ]
+            try:
+                for number in range(self._n_workers):
+                    orders = _Orders(memory, shape, number, self._transform, self._decode, self._memory_bytes)
+                    self._workers.append(_Worker(orders, slots[number]))
+            except BaseException:
+                self._stop()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    @property
+    def _part_shape(self) -> tuple[int, ...]:
+        """The largest part of a video, [n, 3, S, S]."""
+        side, n_crops = self._transform.size_px, _SLOT_CROPS
+        if self._frames.n_frames is not None:
+            n_crops = min(n_crops, self._frames.n_frames * self._frames.n_views)
+        return n_crops, 3, side, side
+
+    def _stop(self) -> None:
         for worker in self._workers:
             worker.stop()
         self._workers = []
@@ -162,20 +183,19 @@ class DecodePool:
     def decode(self, jobs: Iterable[Job]) -> Iterator[tuple[str, Chunk | Answer]]:
         """Decode videos; they start in order and come back as they are done: parts of each, then its answer.
 
-        A video that crashes its worker or runs out of time is tried once more, by PyAV, where the decoder is `auto`.
+        A video that crashes its worker, or runs out of time or memory, is tried once more, by PyAV, where the decoder is
+        `auto`.
 
         Raises:
-            RuntimeError: workers die before their first video; the environment is broken.
+            RuntimeError: workers die before their first video; the environment is broken. Or the pool was not entered.
         """
         tasks = (_Task(job, self._frames, self._options) for job in jobs)
+        if len(self._workers) < self._n_workers:
+            raise RuntimeError("the pool has no workers: enter it first, as a context manager")
         if not self._workers:
             for task in tasks:
-                crops = Crops()
-                answer = _attempt(self._decode, task, self._transform, crops)
-                self.decoding_s += answer.seconds
-                if isinstance(answer, DecodedVideo):
-                    yield task.job.key, Chunk(0, np.stack(crops))
-                yield task.job.key, answer
+                for arrival in self._decode_here(task):
+                    yield task.job.key, arrival
             return
         for worker in self._workers:
             if worker.tasks:  # of an earlier call whose caller walked away
@@ -183,36 +203,66 @@ class DecodePool:
         self._again.clear()
         self._deal(tasks)
         while busy := [worker for worker in self._workers if worker.tasks]:
-            answers = self._collect(busy)
+            arrivals = self._collect(busy)
             self._deal(tasks)  # first, so that the workers have something to do while the caller has
-            yield from answers
+            yield from arrivals
+
+    def _decode_here(self, task: _Task) -> Iterator[Chunk | Answer]:
+        """Decode one video in a thread of this process, a few parts ahead of the caller."""
+        sink = _QueuedParts(self._part_shape)
+
+        def run() -> None:
+            try:
+                sink.arrivals.put(_attempt(self._decode, task, self._transform, sink))
+            except MemoryError:
+                sink.arrivals.put(Failure("out of memory", is_final=False))
+            except BaseException as error:  # what would end a process, such as SystemExit
+                sink.arrivals.put(error)
+
+        threading.Thread(target=run, name="coldframe-decode", daemon=True).start()
+        arrival: Chunk | Answer | BaseException | None = None
+        try:
+            while not isinstance(arrival, DecodedVideo | Failure):
+                began = time.monotonic()
+                arrival = sink.arrivals.get()
+                self.waiting_s += time.monotonic() - began
+                if isinstance(arrival, BaseException):
+                    raise arrival
+                if isinstance(arrival, Chunk):
+                    sink.room.release()
+                else:
+                    self.decoding_s += arrival.seconds
+                yield arrival
+        finally:
+            sink.close()
 
     def _deal(self, tasks: Iterator[_Task]) -> None:
-        """Give each task to the worker that holds fewest, until all hold enough; replace those that have served."""
-        for worker in self._workers:
-            if worker.has_served and not worker.tasks:
-                worker.restart()
-        while fit := [w for w in self._workers if not w.has_served and len(w.tasks) < self._ahead]:
+        """Give each task to the worker that holds fewest, until all hold enough."""
+        while fit := [worker for worker in self._workers if len(worker.tasks) < self._ahead]:
             task = self._again.popleft() if self._again else next(tasks, None)
             if task is None:
                 return
-            min(fit, key=lambda w: len(w.tasks)).send(task)
+            min(fit, key=lambda worker: len(worker.tasks)).send(task)
 
     def _collect(self, busy: list[_Worker]) -> list[tuple[str, Chunk | Answer]]:
-        """Wait until something happens; bury workers that crashed or ran out of time."""
+        """Wait until something happens; replace workers that have served, crashed or run out of time or memory."""
         began = time.monotonic()
         deadline = min(worker.deadline_s(self._timeout_s) for worker in busy)
         wait([worker.pipe for worker in busy], timeout=min(max(0.0, deadline - began), _LONGEST_WAIT_S))
         self.waiting_s += time.monotonic() - began
 
-        answers: list[tuple[str, Chunk | Answer]] = []
+        arrivals: list[tuple[str, Chunk | Answer]] = []
         for worker in busy:
-            for task, answer in worker.hear():
-                self.decoding_s += 0.0 if isinstance(answer, Chunk) else answer.seconds
-                answers.append((task.job.key, answer))
-            if trouble := worker.trouble(self._timeout_s):
-                answers += self._bury(worker, trouble)
-        return answers
+            for task, arrival in worker.hear():
+                self.decoding_s += 0.0 if isinstance(arrival, Chunk) else arrival.seconds
+                self._stillborn = 0
+                arrivals.append((task.job.key, arrival))
+            if worker.has_served:
+                self._again.extend(worker.tasks)
+                worker.restart()
+            elif trouble := worker.trouble(self._timeout_s):
+                arrivals += self._bury(worker, trouble)
+        return arrivals
 
     def _bury(self, worker: _Worker, trouble: Failure) -> list[tuple[str, Failure]]:
         """Replace a lost worker; blame the video it was at, and deal the others again."""
@@ -223,6 +273,7 @@ class DecodePool:
             raise RuntimeError(f"decode workers do not start: {trouble.reason}")
         worker.restart()
         self._again.extend(innocent)
+        self.decoding_s += trouble.seconds
         if guilty is None:
             return []
         if guilty.frames.decoder == "auto":
@@ -265,28 +316,31 @@ class _Worker:
         self.tasks: deque[_Task] = deque()  # the first is in work, or about to be
         self.progress_s: float | None = None  # when the first task was taken up, or last showed progress
         self.is_proven = False  # whether this process has taken up a task
-        self.has_served = False  # whether it is time to replace it
-        self._n_done = 0
+        self.has_served = False  # whether it takes up no further task
+        self._began_s = 0.0  # when the first task was taken up
         self._patience_s = 0.0  # more time for a large file
         self._is_gone = False
+        self._ran_out: Failure | None = None  # of memory
         self._waits_since_s = time.monotonic()
-        self._words = b""  # the end of what the decoders wrote since the last answer
+        self._words = b""  # the end of what the decoders wrote
         self.pipe, theirs = _SPAWN.Pipe()
         self._noise, their_noise = _SPAWN.Pipe(duplex=False)
         os.set_blocking(self._noise.fileno(), False)
-        self._process = _SPAWN.Process(
+        process = _SPAWN.Process(
             target=_serve, args=(theirs, their_noise, self._orders), name="coldframe-decode", daemon=True
         )
         with _sheltered():
-            self._process.start()
+            process.start()
+            self._process = process
         theirs.close()  # so that the pipe ends with the process
         their_noise.close()
 
     def stop(self) -> None:
         """Kill the process: it may be deaf to anything less, and has nothing to lose."""
-        self._process.kill()
-        self._process.join()
-        self._process.close()
+        with suppress(ValueError):  # it is closed already: Ctrl-C came before its successor
+            self._process.kill()
+            self._process.join()
+            self._process.close()
         self.pipe.close()
         self._noise.close()
 
@@ -303,23 +357,27 @@ class _Worker:
         self._tell(task)
 
     def hear(self) -> list[tuple[_Task, Chunk | Answer]]:
-        """Take the parts and answers that have arrived."""
+        """Take what has arrived, up to the first part: a fast worker would keep the parent here for ever."""
         heard: list[tuple[_Task, Chunk | Answer]] = []
         self._listen()
         try:
             while self.pipe.poll():
                 match self.pipe.recv():
                     case _Started(at_s, size):
-                        self.progress_s, self.is_proven, self._patience_s = at_s, True, size / _BYTES_PER_S
+                        self.progress_s = self._began_s = at_s
+                        self.is_proven, self._patience_s = True, size / _BYTES_PER_S
                     case _Filled(slot, first, n_crops):
                         heard.append((self.tasks[0], Chunk(first, self._slots[slot, :n_crops].copy())))
                         self.progress_s = time.monotonic()
                         self._tell(slot)
-                    case _Done(answer, grown_bytes):
+                        break
+                    case _Done(answer, is_last):
                         heard.append((self.tasks.popleft(), answer))
-                        self.progress_s, self._waits_since_s, self._words = None, time.monotonic(), b""
-                        self._n_done += 1
-                        self.has_served = self._n_done >= _SERVICE_VIDEOS or grown_bytes > _SERVICE_BYTES
+                        self.has_served = is_last
+                        self.progress_s, self._waits_since_s = None, time.monotonic()
+                    case Failure() as failure:
+                        self._ran_out = failure
+                        break
         except (EOFError, OSError):
             self._is_gone = True
         return heard
@@ -332,28 +390,35 @@ class _Worker:
 
     def trouble(self, timeout_s: float) -> Failure | None:
         """Why the process must be replaced; None while all is well."""
+        spent_s = 0.0 if self.progress_s is None else time.monotonic() - self._began_s
+        if self._ran_out:
+            return replace(self._ran_out, seconds=spent_s)
         if self._is_gone:
             self._process.join(_FAREWELL_S)
             self._listen()
             code = self._process.exitcode
             cause = f"crashed (signal {-code})" if code is not None and code < 0 else f"exited (code {code})"
-            last_words = self._words.decode(errors="replace").strip().rpartition("\n")[2][:200]
+            last_words = (
+                self._words.rpartition(_NEXT_VIDEO)[2].decode(errors="replace").strip().rpartition("\n")[2][:200]
+            )
+            if last_words.endswith(("MemoryError", "std::bad_alloc", "Cannot allocate memory")):
+                return replace(_out_of_memory(self._orders.memory_bytes), seconds=spent_s)
             was_killed = code == -signal.SIGKILL  # by the system, for want of memory
-            return Failure(f"decoder {cause}" + (f": {last_words}" if last_words else ""), is_final=not was_killed)
+            reason = f"decoder {cause}" + (f": {last_words}" if last_words else "")
+            return Failure(reason, is_final=not was_killed, seconds=spent_s)
         if time.monotonic() < self.deadline_s(timeout_s):
             return None
         reason = f"timed out after {timeout_s + self._patience_s:g} s"
-        return Failure(reason if self.progress_s is not None else "no sign of life")
+        return Failure(reason if self.progress_s is not None else "no sign of life", seconds=spent_s)
 
     def _tell(self, message: object) -> None:
         with suppress(OSError):  # the process is gone: `hear` will find out
             self.pipe.send(message)
 
     def _listen(self) -> None:
-        """Keep the end of what the decoders wrote."""
+        """Keep the end of what the decoders wrote; read once, since one that never stops would be heard for ever."""
         with suppress(BlockingIOError):
-            while heard := os.read(self._noise.fileno(), 1 << 16):
-                self._words = (self._words + heard)[-4096:]
+            self._words = (self._words + os.read(self._noise.fileno(), 1 << 20))[-4096:]
 
 
 class _Started(NamedTuple):
@@ -372,10 +437,10 @@ class _Filled(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """The first task is done; the process has grown by so much since it began to work."""
+    """The first task is done."""
 
     answer: Answer
-    grown_bytes: int
+    is_last: bool  # the process takes up no other, and is to be replaced
 
 
 def _fill_standard_descriptors() -> None:
@@ -409,20 +474,35 @@ def _serve(pipe: Connection, noise: Connection, orders: _Orders) -> None:
     os.set_blocking(noise.fileno(), False)  # what nobody reads is dropped, never waited for
     for descriptor in (1, 2):  # not sys.stdout and sys.stderr, which may be closed
         os.dup2(noise.fileno(), descriptor)
-    born_bytes = _memory_bytes()
-    _limit_memory(orders.memory_bytes)
+    born_bytes, n_done = _memory_bytes(), 0
+    _limit_memory(born_bytes + orders.memory_bytes)
     slots = np.frombuffer(orders.memory, np.uint8).reshape(orders.shape)[orders.number]  # [slots, crops, 3, S, S]
     inbox = _Inbox(pipe, len(slots))
     with suppress(EOFError):
         while True:
             task = inbox.task()
-            pipe.send(_Started(time.monotonic(), _size(task.job.path)))
-            sink = _SharedSink(slots, inbox)
-            answer = _attempt(orders.decode, task, orders.transform, sink)
-            if isinstance(answer, DecodedVideo):
-                sink.flush()
+            began_s = time.monotonic()
+            pipe.send(_Started(began_s, 0))  # before anything that a disk can hold up
+            if size := _size(task.job.path):
+                pipe.send(_Started(began_s, size))
+            with suppress(BlockingIOError):
+                os.write(2, _NEXT_VIDEO)
+            sink = _SharedParts(slots, inbox)
+            answer: Answer | None = None
+            with suppress(MemoryError):
+                answer = _attempt(orders.decode, task, orders.transform, sink)
             sink.release()
-            pipe.send(_Done(answer, _memory_bytes() - born_bytes))
+            # FFmpeg's decoders call it damage where an allocation has failed, or skip frames; more than half was in use.
+            is_short = _peak_bytes() > born_bytes + orders.memory_bytes // 2
+            if answer is None or (is_short and _is_damaged(answer)):
+                pipe.send(_out_of_memory(orders.memory_bytes))
+                return
+            n_done += 1
+            has_leaked = _memory_bytes() > born_bytes + min(_SERVICE_BYTES, orders.memory_bytes // 2)
+            is_last = is_short or has_leaked or n_done >= _SERVICE_VIDEOS
+            pipe.send(_Done(answer, is_last))
+            if is_last:
+                return
 
 
 class _Inbox:
@@ -453,54 +533,131 @@ class _Inbox:
             self.free.append(message)
 
 
-class _SharedSink:
-    """Puts crops into shared memory and tells the parent of each full slot."""
+class _Parts(ABC):
+    """A sink that gathers crops into parts and sends each as soon as it is full, or has been long in the making."""
 
-    def __init__(self, slots: NDArray[np.uint8], inbox: _Inbox) -> None:
-        self._slots, self._inbox = slots, inbox
-        self._slot: int | None = None  # being filled
-        self._first = self._n_crops = 0
+    def __init__(self) -> None:
+        self.n_crops = 0  # of the video so far
+        self.waited_s = 0.0  # for room
+        self._part: NDArray[np.uint8] | None = None  # being filled, [n, 3, S, S]
+        self._n_filled = 0
+        self._sent_s = time.monotonic()
 
     def restart(self) -> None:
         """Begin the video again."""
-        self._first = self._n_crops = 0
+        self.n_crops = self._n_filled = 0
 
     def put(self, crop: Picture) -> None:
         """Take the next crop [3, S, S]."""
-        if self._slot is None:
-            self._slot = self._inbox.slot()
-        self._slots[self._slot, self._n_crops] = crop
-        self._n_crops += 1
-        if self._n_crops == self._slots.shape[1]:
+        if self._part is None:
+            began = time.monotonic()
+            self._part = self._room()
+            waited_s = time.monotonic() - began
+            self.waited_s += waited_s
+            self._sent_s += waited_s
+        self._part[self._n_filled] = crop
+        self._n_filled += 1
+        self.n_crops += 1
+        if self._n_filled == len(self._part) or time.monotonic() > self._sent_s + _PART_S:
             self.flush()
 
     def flush(self) -> None:
         """Send what has come."""
-        if self._slot is not None and self._n_crops:
-            self._inbox.pipe.send(_Filled(self._slot, self._first, self._n_crops))
-            self._first, self._n_crops, self._slot = self._first + self._n_crops, 0, None
+        if self._part is not None and self._n_filled:
+            self._send(Chunk(self.n_crops - self._n_filled, self._part[: self._n_filled]))
+            self._part, self._n_filled, self._sent_s = None, 0, time.monotonic()
+
+    @abstractmethod
+    def _room(self) -> NDArray[np.uint8]:
+        """Wait for room for a part, [n, 3, S, S]."""
+
+    @abstractmethod
+    def _send(self, chunk: Chunk) -> None:
+        """Pass on the part that was filled."""
+
+
+class _SharedParts(_Parts):
+    """Sends parts through shared memory."""
+
+    def __init__(self, slots: NDArray[np.uint8], inbox: _Inbox) -> None:
+        super().__init__()
+        self._slots, self._inbox = slots, inbox
+        self._slot = 0
+
+    def _room(self) -> NDArray[np.uint8]:
+        self._slot = self._inbox.slot()
+        return self._slots[self._slot]
+
+    def _send(self, chunk: Chunk) -> None:
+        self._inbox.pipe.send(_Filled(self._slot, chunk.first, len(chunk.crops)))
 
     def release(self) -> None:
         """Keep a slot that was taken and not sent, for the next video."""
-        if self._slot is not None:
+        if self._part is not None:
             self._inbox.free.append(self._slot)
 
 
+class _QueuedParts(_Parts):
+    """Sends parts to another thread."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.arrivals: queue.SimpleQueue[Chunk | Answer | BaseException] = queue.SimpleQueue()
+        self.room = threading.Semaphore(_SLOTS)
+        self._shape = shape
+        self._is_closed = False
+
+    def _room(self) -> NDArray[np.uint8]:
+        self.room.acquire()
+        if self._is_closed:
+            raise DecodeError("nobody waits for this video any more")
+        return np.empty(self._shape, np.uint8)
+
+    def _send(self, chunk: Chunk) -> None:
+        self.arrivals.put(chunk)
+
+    def close(self) -> None:
+        """Take no further part, so that the decoder comes to its end."""
+        self._is_closed = True
+        self.room.release()
+
+
+def _out_of_memory(limit_bytes: int) -> Failure:
+    return Failure(f"out of memory: a worker may take {_gib(limit_bytes)} for a video", is_final=False)
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.3g} GiB"
+
+
+def _is_damaged(answer: Answer) -> bool:
+    """Whether the video, or part of it, is missing."""
+    return answer.is_final if isinstance(answer, Failure) else answer.kept < 1
+
+
 def _limit_memory(n_bytes: int) -> None:
-    """Let an allocation beyond so much more than now fail, instead of taking the machine down."""
-    with suppress(ValueError, OSError):  # a lower limit is set already
-        used = _memory_bytes(field=5)  # data and stack
-        resource.setrlimit(resource.RLIMIT_DATA, (used + n_bytes, resource.RLIM_INFINITY))
+    """Let an allocation beyond so much private memory fail, instead of taking the machine down; only Linux obeys."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = min(n_bytes, sys.maxsize if most == resource.RLIM_INFINITY else most)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, most))
 
 
-def _memory_bytes(field: int = 1) -> int:
-    """Memory of this process: what is resident, or another field of /proc/self/statm."""
+def _memory_bytes() -> int:
+    """Private memory of this process, as its limit counts it."""
     try:
         with open("/proc/self/statm") as file:  # noqa: PTH123 - after every video
-            return int(file.read().split()[field]) * resource.getpagesize()
+            return int(file.read().split()[5]) * resource.getpagesize()
     except OSError:  # not Linux: the peak, in KiB or, on macOS, bytes
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_bytes() -> int:
+    """The most memory that was ever resident; 0 where no limit is obeyed. `ru_maxrss` may be that of the parent."""
+    with suppress(OSError), open("/proc/self/status") as file:  # noqa: PTH123 - as above
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), 0)
+    return 0
 
 
 def _size(path: str) -> int:
@@ -518,17 +675,21 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _attempt(decode: Decode, task: _Task, transform: TransformSpec, sink: Sink) -> Answer:
-    """Decode one video; whatever goes wrong becomes its reason."""
-    job, began = task.job, time.perf_counter()
+def _attempt(decode: Decode, task: _Task, transform: TransformSpec, sink: _Parts) -> Answer:
+    """Decode one video; whatever goes wrong becomes its reason, except that memory is short."""
+    job, began = task.job, time.monotonic()
     where = {"key": job.key, "start_s": job.start_s, "end_s": job.end_s, "views": job.views}
     try:
         video = decode(job.path, task.frames, transform, sink, **where, options=task.options)
-        return replace(video, seconds=time.perf_counter() - began)
+        sink.flush()
+        n_wanted = int(video.rows.max(initial=-1)) + 1
+        if 0 < sink.n_crops == n_wanted:
+            return replace(video, seconds=time.monotonic() - began - sink.waited_s)
+        reason, is_final = f"decoder gave {sink.n_crops} of {n_wanted} crops", True
     except DecodeError as error:
         reason, is_final = error.reason, not isinstance(error, SourceError)
     except MemoryError:
-        reason, is_final = "out of memory", False
+        raise
     except Exception as error:  # the one place that catches all: one video in one process
         reason, is_final = f"{type(error).__name__}: {error}".partition("\n")[0][:300], True
-    return Failure(reason, task.attempts, is_final, time.perf_counter() - began)
+    return Failure(reason, task.attempts, is_final, time.monotonic() - began - sink.waited_s)
