@@ -566,14 +566,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; a user's mistake ends in one line and exit code 2."""
     # torch's threads would spin while they wait for each other, on cores that the decode workers need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app(args=arguments, prog_name="coldframe")
+        sys.exit(app(args=words, prog_name="coldframe", standalone_mode=False) or 0)
     except ColdframeError as error:
-        fail(str(error))
+        fail(str(error), words)
+    except typer.Abort:
+        sys.exit(130)
     except OSError as error:
         if error.errno is None or (error.filename is None and error.errno not in DISK):
             raise  # nothing that names a file of the user's: a bug of ours
-        fail(f"{error.strerror}: {error.filename or 'while writing'}")
+        fail(f"{error.strerror}: {error.filename or 'while writing'}", words)
+    except Exception as error:  # what typer says of words that it does not know; releases differ in where its class is
+        if not hasattr(error, "format_message"):
+            raise
+        said: Any = error
+        if not words:
+            typer.echo(said.format_message())
+            sys.exit(2)
+        fail(
+            f"{said.format_message().rstrip('.')}. See: {said.ctx.command_path if said.ctx else 'coldframe'} --help",
+            words,
+        )
 
 
 def draw_demo(out: Path, clips: int, quiet: bool) -> tuple[Path, Path]:
@@ -608,8 +622,10 @@ def show(facts: object, text: str, as_json: bool) -> None:
     typer.echo(json.dumps(facts, indent=2, default=str) if as_json else text)
 
 
-def fail(line: str) -> NoReturn:
-    """One line on standard error, then exit code 2."""
+def fail(line: str, words: Sequence[str]) -> NoReturn:
+    """One line on standard error, and where JSON was asked for an object that says the same; then exit code 2."""
+    if "--json" in words:
+        typer.echo(json.dumps({"error": line}))
     typer.secho(f"error: {line}", fg="red", err=True)
     sys.exit(2)
 

@@ -54,6 +54,7 @@ class ExtractReport:
     tower_s: float = 0.0
     write_wait_s: float = 0.0  # the disk was behind
     interrupted: bool = False
+    changed: list[str] = field(default_factory=list)  # ids whose files have another size than before: extracted again
     n_salvaged: int = 0  # damaged videos of which a part was taken
     batch_frames: int | None = None  # what the device's memory held, where it was less than asked for
     fidelity: dict[str, float] = field(default_factory=dict)  # feature → smallest cosine to float32 seen in a sample
@@ -109,6 +110,8 @@ class ExtractReport:
         if self.fidelity and self.n_written:
             cosines = ", ".join(f"{name} {cosine:.6f}" for name, cosine in self.fidelity.items())
             lines.append(f"smallest cosine between float32 and what was stored, in a sample: {cosines}")
+        if self.changed:
+            lines.append(f"{len(self.changed):,} videos have other files than before and were extracted again")
         if self.n_salvaged:
             lines.append(f"{self.n_salvaged:,} damaged videos were salvaged as far as they go; see inspect")
         if self.batch_frames:
@@ -172,7 +175,9 @@ def extract(
     with FeatureWriter.open(
         store, spec, shape, asked, manifest, shard_videos=options.shard_videos, part=options.part
     ) as writer:
-        writer.void = void or {}
+        writer.void = dict(void or {})
+        report.changed = writer.changed_files()
+        writer.void |= dict.fromkeys(report.changed, writer.arrays)
         todo = [key for key in writer.remaining(retry=options.retry) if only is None or key in only]
         again = set(todo)
         report.failures = {row.video_id: row.reason for row in writer.failures if row.video_id not in again}

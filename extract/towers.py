@@ -319,6 +319,10 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise TowerError(f"torch knows no device {device!r}", wanted="auto, cpu, cuda or cuda:1") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise TowerError("torch finds no CUDA device here", fix="Use the device auto or cpu.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise TowerError("torch finds no such CUDA device here", seen=device, fix="Use the device auto or cpu.")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise TowerError("torch finds no Apple GPU here", fix="Use the device auto or cpu.")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise TowerError("towers do not run on this device", seen=device, wanted="auto, cpu, cuda, cuda:1 or mps")
     return found

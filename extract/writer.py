@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data_manifests.records import Manifest, listed
+from ..data_manifests.records import Manifest, is_url, listed
 from .arrays import StoreError
 from .catalogue import HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
 from .compress import rounded
@@ -161,6 +162,26 @@ class FeatureWriter:
             if self._is_mine(row.video_id) and self.missing(row.video_id).names
         ]
 
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays that hold what is asked for."""
+        return tuple(array for name in self.features for array in arrays_of(name, self.spec.dtype))
+
+    def changed_files(self) -> list[str]:
+        """Ids of this part's videos whose files have another size than when they were read; files that are gone have not.
+
+        Another content of the same size is only seen by `verify --deep`.
+        """
+        rows = [
+            row for row in self._catalogue.rows() if row.view == 0 and row.source_bytes and self._is_mine(row.video_id)
+        ]
+        paths = [self._manifest.path_of(self._manifest.by_id[row.video_id]) for row in rows]
+        with ThreadPoolExecutor(16) as pool:  # a network file system answers one question at a time
+            sizes = list(pool.map(_file_size, paths, chunksize=64))
+        return sorted(
+            row.video_id for row, size in zip(rows, sizes, strict=True) if size not in (None, row.source_bytes)
+        )
+
     def remaining(self, retry: bool = False) -> list[str]:
         """Ids of videos that lack something asked for, sorted.
 
@@ -239,6 +260,13 @@ class FeatureWriter:
         n_frames = (self._header.spec.frames.n_frames or _USUAL_FRAMES) * len(missing.views)
         n_bytes = n_frames * sum(map(self.frame_bytes, missing.names))
         return min(max(SHARD_BYTES // max(n_bytes, 1), 1), self._shard_videos)
+
+
+def _file_size(path: str) -> int | None:
+    try:
+        return None if is_url(path) else Path(path).stat().st_size
+    except OSError:
+        return None
 
 
 class Missing(NamedTuple):

@@ -334,3 +334,36 @@ def test_python_cli_py_is_the_same_program() -> None:
         )
     ]
     assert done[0] == done[1]
+
+
+@pytest.mark.parametrize("words", [("extract", "--foo"), ("nothing",), ("extract",), ("plan", "v", "--frames", "x")])
+def test_words_that_it_does_not_know_take_one_line(run, words: tuple[str, ...]) -> None:
+    code, out, err = run(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert "--help" in err
+
+
+def test_an_error_is_json_too_where_that_was_asked_for(run) -> None:
+    code, out, err = run("inspect", "nowhere", "--json")
+    assert code == 2
+    assert err == f"error: {json.loads(out)['error']}\n"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "mps", "far"])
+def test_a_device_that_is_not_there(run, store: Path, device: str) -> None:
+    refused(run("extract", store.parent / "videos", "--store", "s", "--device", device, *TINY), "device")
+
+
+def test_a_file_that_was_replaced_is_extracted_again(run, tmp_path: Path, clip: Path) -> None:
+    (tmp_path / "videos" / "a").mkdir(parents=True)
+    (tmp_path / "videos" / "b").mkdir(parents=True)
+    for name in ("a/0.mp4", "b/1.mp4"):
+        shutil.copy(clip, tmp_path / "videos" / name)
+    assert run("extract", "videos", "--store", "s", *TINY)[0] == 0
+    write_video(tmp_path / "videos" / "b" / "1.mp4", plan_clips(4)[3].draw(n_frames=24, size_px=64), fps=12)
+    code, out, _ = run("extract", "videos", "--store", "s", "--json", *TINY)
+    assert (code, json.loads(out)["changed"], json.loads(out)["n_written"]) == (0, ["b/1.mp4"], 1)
+    assert json.loads(run("extract", "videos", "--store", "s", "--json", *TINY)[1])["n_written"] == 0
+    opened = FeatureStore.open(tmp_path / "s")
+    assert not np.allclose(opened.read("embedding", "a/0.mp4"), opened.read("embedding", "b/1.mp4"), atol=0.01)

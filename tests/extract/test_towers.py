@@ -382,5 +382,5 @@ def test_blocks_with_another_attention_have_no_linear_queries(tmp_path: Path) ->
 def test_a_missing_gpu_is_said_plainly() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(TowerError, match="finds no CUDA device"):
+    with pytest.raises(TowerError, match="finds no such CUDA device"):
         load_tower("coldframe-tiny", "random", device="cuda")
