@@ -28,7 +28,7 @@ from .frames import DecodeError, DecodeOptions
 from .leases import WHOLE, Part
 from .progress import Progress
 from .shards import SALVAGED
-from .specs import FeatureSpec, canonical_features
+from .specs import IMPORTED, SAMPLINGS, FeatureSpec, canonical_features
 from .towers import Tower, TowerError
 from .workers import Answer, Chunk, DecodePool, Failure, Job
 from .writer import FeatureWriter, ShardBuilder
@@ -155,9 +155,10 @@ def extract(
         SpecMismatch: the store was made with another spec.
         StoreError: the store cannot be written; the shards committed so far stay.
         DecodeError: a video cannot be read, and the options say to stop there.
-        ConfigError: mirrored crops of classes that tell left from right.
+        ConfigError: mirrored crops of classes that tell left from right, or frames of imported features.
     """
     options = options or ExtractOptions()
+    _refuse_imported(spec)
     _refuse_flips(spec, manifest)
     report = ExtractReport(store)
     started = time.perf_counter()
@@ -206,6 +207,17 @@ def _jobs(writer: FeatureWriter, manifest: Manifest, shards: Sequence[Sequence[s
     for key in (key for ids in shards for key in ids):
         record = manifest.by_id[key]
         yield Job(key, manifest.path_of(record), record.start_s, record.end_s, writer.missing(key).views)
+
+
+def _refuse_imported(spec: FeatureSpec) -> None:
+    """Refuse to sample as nobody knows how."""
+    if spec.frames.sampling == IMPORTED:
+        raise ConfigError(
+            "features can be imported, but not extracted as imported ones were",
+            seen=f"sampling {IMPORTED}",
+            wanted=f"one of {', '.join(SAMPLINGS)}",
+            fix="Extract to another store, or use coldframe import.",
+        )
 
 
 def _refuse_flips(spec: FeatureSpec, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data_manifests.errors import ConfigError
-from ..extract.specs import SpecMismatch, TowerSpec, canonical_features
+from ..extract.specs import IMPORTED, SpecMismatch, TowerSpec, canonical_features
 from ..extract.store import FeatureStore
 from ..extract.text import TextFeatures, encode_classes
 from ..extract.towers import Tower, load_tower
@@ -58,11 +58,17 @@ def needed_features(name: str, config: Any, store: FeatureStore) -> tuple[str, .
 def frozen_tower(spec: TowerSpec, device: torch.device) -> Callable[[], Tower]:
     """The tower that made a store, loaded at the first call.
 
-    The call raises TowerError if it cannot be loaded, and SpecMismatch if its weights are not those of the store.
+    The call raises ConfigError if nobody knows it, TowerError if it cannot be loaded, and SpecMismatch if its weights are
+    not those of the store.
     """
 
     @functools.cache
     def load() -> Tower:
+        if spec.model == IMPORTED:
+            raise ConfigError(
+                "the head needs a tower, for texts or weights, and nothing says which one made these imported features",
+                fix="Say so: coldframe import FILE --store STORE --model ViT-B-16 --pretrained openai",
+            )
         tower = load_tower(spec.model, spec.pretrained, spec.precision, str(device))
         if tower.spec.weights_sha256 != spec.weights_sha256:
             raise SpecMismatch(

@@ -17,10 +17,8 @@ import torch
 from coldframe.cli import main
 from coldframe.data_manifests.errors import ConfigError, UnknownName
 from coldframe.data_manifests.records import Manifest
-from coldframe.extract import exchange
 from coldframe.extract.arrays import StoreError
-from coldframe.extract.exchange import export_store, import_features
-from coldframe.extract.foreign_labels import Reading
+from coldframe.extract.exchange import Reading, export_store, import_features, imports
 from coldframe.extract.shards import committed
 from coldframe.extract.specs import SpecMismatch
 from coldframe.extract.store import FeatureStore
@@ -46,7 +44,7 @@ def same(one: FeatureStore, other: FeatureStore) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_hdf5_there_and_back_is_the_same_store(toy, tmp_path: Path, dtype: str) -> None:
     toy.write(IDS, NAMES, lengths={"clap/a.mp4": 2, "x": 1}, failed={"wave/a.mp4": "timed out"}, dtype=dtype)
-    store = toy.write(IDS, NAMES, failed={"wave/a.mp4": "timed out again"}, retry_failed=True, dtype=dtype)
+    store = toy.write(IDS, NAMES, failed={"wave/a.mp4": "timed out again"}, retry=True, dtype=dtype)
     assert store.failures[0].attempts == 2
     report = export_store(store, tmp_path / "f.h5", quiet=True)
     assert (report.n_videos, report.n_failed, report.features) == (4, 1, store.features)
@@ -90,7 +88,7 @@ def test_an_import_goes_on_where_it_was_interrupted(toy, tmp_path: Path, monkeyp
     store = toy.write(IDS, ["embedding"])
     export_store(store, tmp_path / "f.h5", quiet=True)
     monkeypatch.setattr("coldframe.extract.writer._SHARD_VIDEOS", 2)
-    real, seen = exchange._hand_over, []
+    real, seen = imports._hand_over, []
 
     def stop_at_the_fourth(shard, parcel, row) -> None:
         seen.append(row.video_id)
@@ -98,10 +96,10 @@ def test_an_import_goes_on_where_it_was_interrupted(toy, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         real(shard, parcel, row)
 
-    monkeypatch.setattr(exchange, "_hand_over", stop_at_the_fourth)
+    monkeypatch.setattr(imports, "_hand_over", stop_at_the_fourth)
     assert import_features(tmp_path / "f.h5", tmp_path / "back", quiet=True).interrupted
     assert FeatureStore.open(tmp_path / "back").ids == tuple(IDS[:2])
-    monkeypatch.setattr(exchange, "_hand_over", real)
+    monkeypatch.setattr(imports, "_hand_over", real)
     report = import_features(tmp_path / "f.h5", tmp_path / "back", quiet=True)
     assert (report.n_present, report.interrupted) == (2, False)
     same(store, FeatureStore.open(tmp_path / "back"))

@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data_manifests.errors import ConfigError, UnknownName
-from ..data_manifests.records import Manifest, listed
-from .catalogue import TIMES
-from .foreign_labels import Reading, Videos, last, manifest_of, matched, named_leaf, parent, texts
-from .parcels import Leaf, Parcel
-from .shards import VideoRow
-from .specs import (
-    DTYPES,
+from ...data_manifests.errors import ConfigError, UnknownName
+from ...data_manifests.records import Manifest, listed
+from ..catalogue import TIMES
+from ..shards import VideoRow
+from ..specs import (
+    IMPORTED,
     FeatureSpec,
     FrameSpec,
     TowerShape,
@@ -35,8 +33,11 @@ from .specs import (
     canonical_feature,
     feature_shape,
 )
+from .foreign_labels import Reading, Videos, last, manifest_of, matched, named_leaf, parent, texts
+from .parcels import Leaf, Parcel
 
 _IDS = ("video_ids", "video_id", "ids", "id", "video_names", "names", "name", "filenames", "paths", "path", "keys")
+_DTYPES = ("float16", "bfloat16", "float32")
 _FEATURES = {"features", "feature", "feats", "feat", "embeddings", "embedding", "clip", "data"}
 
 
@@ -69,15 +70,15 @@ def understand(
     lengths = {own: _length(videos.clips[theirs], frame_ndim) for own, theirs in named.items()}
     name, tower, shape = _tower(reading, source, frame)
     dtype = reading.dtype or _dtype(videos.clips.values())
-    if dtype not in DTYPES:
-        raise UnknownName("dtype", dtype, DTYPES)
-    spec = FeatureSpec(FrameSpec(max(lengths.values())), tower, dtype)
+    if dtype not in _DTYPES:
+        raise UnknownName("dtype", dtype, _DTYPES)
+    spec = FeatureSpec(FrameSpec(None, IMPORTED, IMPORTED), tower, dtype)
 
-    def read(video_id: str) -> dict[str, NDArray]:
+    def read(video_id: str, view: int) -> dict[str, NDArray]:
         frames = _numbers(videos.clips[named[video_id]], video_id, dtype).reshape(-1, *frame)
         return {name: frames, TIMES: np.full(len(frames), np.nan)}  # nobody said when the frames were
 
-    rows = {i: VideoRow(i, "ok", n_frames=n, decoder="imported") for i, n in lengths.items()}
+    rows = {i: [VideoRow(i, "ok", n_frames=n, decoder=IMPORTED)] for i, n in lengths.items()}
     return Parcel(spec, shape, (name,), manifest, rows, read), (*videos.notes, *notes)
 
 
@@ -226,7 +227,7 @@ def _tower(reading: Reading, source: Path, frame: tuple[int, ...]) -> tuple[str,
     """The feature's canonical name, and the tower that made it: the one that is named, or one known by this file alone."""
     asked = reading.feature or "embedding"
     if reading.model is not None:
-        from .towers import load_tower
+        from ..towers import load_tower
 
         tower = load_tower(reading.model, reading.pretrained, device="cpu")
         name = canonical_feature(asked, tower.shape.layers)
@@ -253,7 +254,7 @@ def _tower(reading: Reading, source: Path, frame: tuple[int, ...]) -> tuple[str,
         context_length=0,
     )
     unknown = TransformSpec(size_px=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return name, TowerSpec("imported", source.name, _digest(source), False, "fp32", unknown), shape
+    return name, TowerSpec(IMPORTED, source.name, _digest(source), False, "fp32", unknown), shape
 
 
 def _grid(n_tokens: int) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data_manifests.errors import ConfigError, UnknownName
-from ..data_manifests.folder import SPLIT_FOLDERS
-from ..data_manifests.records import Manifest, VideoRecord, absolute_root, listed
+from ...data_manifests.errors import ConfigError, UnknownName
+from ...data_manifests.folder import SPLIT_FOLDERS
+from ...data_manifests.records import Manifest, VideoRecord, absolute_root, listed
 from .parcels import Leaf
 
 _LABELS, _CLASSES = ("labels", "label", "y", "targets"), ("classes", "class_names")

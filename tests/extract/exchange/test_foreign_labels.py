@@ -10,9 +10,9 @@ import pytest
 
 from coldframe.data_manifests.errors import ConfigError, UnknownName
 from coldframe.data_manifests.records import Manifest, VideoRecord
-from coldframe.extract.foreign import understand
-from coldframe.extract.foreign_labels import Reading, matched
-from coldframe.extract.parcels import Leaf
+from coldframe.extract.exchange.foreign import understand
+from coldframe.extract.exchange.foreign_labels import Reading, matched
+from coldframe.extract.exchange.parcels import Leaf
 
 BANK = {"x": np.ones((3, 2, 4), np.float32), "ids": np.array(["b", "a", "c"])}
 CLIP = np.ones((2, 4), np.float32)

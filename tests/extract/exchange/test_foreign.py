@@ -9,9 +9,9 @@ import pytest
 
 from coldframe.data_manifests.errors import ConfigError, UnknownName
 from coldframe.data_manifests.records import ManifestError
-from coldframe.extract.foreign import understand
-from coldframe.extract.foreign_labels import Reading
-from coldframe.extract.parcels import Leaf, Parcel
+from coldframe.extract.exchange.foreign import understand
+from coldframe.extract.exchange.foreign_labels import Reading
+from coldframe.extract.exchange.parcels import Leaf, Parcel
 
 
 def frames(*shape: int, dtype: str = "float32", value: float = 1) -> np.ndarray:
@@ -37,8 +37,8 @@ def test_an_array_a_video(read) -> None:
     assert (parcel.ok, parcel.features) == (["a", "b"], ("embedding",))
     assert {i: row.n_frames for i, row in parcel.rows.items()} == {"a": 3, "b": 2}
     assert {row.decoder for row in parcel.rows.values()} == {"imported"}
-    np.testing.assert_array_equal(parcel.read("b")["embedding"], frames(2, 4, value=2))
-    assert np.isnan(parcel.read("b")["timestamps_s"]).tolist() == [True, True]
+    np.testing.assert_array_equal(parcel.read("b", 0)["embedding"], frames(2, 4, value=2))
+    assert np.isnan(parcel.read("b", 0)["timestamps_s"]).tolist() == [True, True]
     assert (parcel.spec.frames.n_frames, parcel.spec.dtype, parcel.shape.embed_dim) == (3, "float32", 4)
 
 
@@ -74,7 +74,7 @@ def test_a_group_that_holds_other_arrays_too(read) -> None:
 def test_all_videos_in_one_array(read, shape: tuple[int, ...]) -> None:
     bank = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     parcel = read({"x": bank, "ids": np.array(["c", "a", "b"]), "title": np.array(["1", "2", "3"])})
-    np.testing.assert_array_equal(parcel.read("a")["embedding"], bank[1].reshape(-1, 4))
+    np.testing.assert_array_equal(parcel.read("a", 0)["embedding"], bank[1].reshape(-1, 4))
     assert "features from x, ids from ids" in read.notes
     parcel = read({"x": bank, "number": np.array([7, 5, 6]), "note": np.array(["r", "r", "s"])}, ids="number")
     assert parcel.ok == ["5", "6", "7"]
@@ -107,7 +107,7 @@ def test_ids_that_cannot_be_are_refused(read) -> None:
 def test_tokens(read) -> None:
     parcel = read({"x": frames(2, 3, 5, 6), "ids": np.array(["a", "b"])}, feature="tokens.12")
     assert (parcel.features, parcel.shape.grid, parcel.shape.width) == (("tokens.12",), (2, 2), 6)
-    assert parcel.read("b")["tokens.12"].shape == (3, 5, 6)
+    assert parcel.read("b", 0)["tokens.12"].shape == (3, 5, 6)
     assert read({"a": frames(3, 7, 6), "b": frames(1, 7, 6)}, feature="tokens.3").shape.grid == (1, 6)
     with pytest.raises(ConfigError, match="without a class token; found 4"):
         read({"a": frames(3, 4, 6)}, feature="tokens.3")
@@ -160,7 +160,7 @@ def test_numbers_that_are_not_finite(read, bad: float) -> None:
 def test_numbers_are_stored_as_they_are_or_as_asked(read) -> None:
     for given, stored in (("float16", "float16"), (">f4", "float32"), ("float64", "float32")):
         assert read({"a": frames(2, 4, dtype=given)}).spec.dtype == stored
-    assert read({"a": frames(2, 4)}, dtype="bfloat16").read("a")["embedding"].dtype == np.float32
+    assert read({"a": frames(2, 4)}, dtype="bfloat16").read("a", 0)["embedding"].dtype == np.float32
     with pytest.raises(ConfigError, match="'a' has numbers that float16 cannot hold"):
         read({"a": frames(2, 4, value=1e5)}, dtype="float16").read("a")
     with pytest.raises(UnknownName, match="dtype"):
