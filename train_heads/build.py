@@ -51,8 +51,16 @@ def build_head(
 
 
 def needed_features(name: str, config: Any, store: FeatureStore) -> tuple[str, ...]:
-    """The stored features that a head reads, under their names in the store."""
-    return canonical_features(find(name).features(config), store.shape.layers)
+    """The stored features that a head reads, under their names in the store.
+
+    Raises:
+        UnknownName: no such head or feature.
+        ConfigError: blocks counted from the last, of a tower that nobody knows.
+    """
+    wanted, layers = find(name).features(config), store.shape.layers
+    if store.spec.tower.model == IMPORTED and not layers and any(".-" in feature for feature in wanted):
+        raise _unknown_tower(f"{name} needs {', '.join(wanted)}")
+    return canonical_features(wanted, layers)
 
 
 def frozen_tower(spec: TowerSpec, device: torch.device) -> Callable[[], Tower]:
@@ -65,10 +73,7 @@ def frozen_tower(spec: TowerSpec, device: torch.device) -> Callable[[], Tower]:
     @functools.cache
     def load() -> Tower:
         if spec.model == IMPORTED:
-            raise ConfigError(
-                "the head needs a tower, for texts or weights, and nothing says which one made these imported features",
-                fix="Say so: coldframe import FILE --store STORE --model ViT-B-16 --pretrained openai",
-            )
+            raise _unknown_tower("the head needs the tower itself, or its texts")
         tower = load_tower(spec.model, spec.pretrained, spec.precision, str(device))
         if tower.spec.weights_sha256 != spec.weights_sha256:
             raise SpecMismatch(
@@ -80,6 +85,13 @@ def frozen_tower(spec: TowerSpec, device: torch.device) -> Callable[[], Tower]:
         return tower
 
     return load
+
+
+def _unknown_tower(need: str) -> ConfigError:
+    return ConfigError(
+        f"{need}, and nothing says which tower made these imported features",
+        fix="Say so in a new store: coldframe import FILE --store STORE --model ViT-B-16 --pretrained openai",
+    )
 
 
 def find_device(name: str) -> torch.device:

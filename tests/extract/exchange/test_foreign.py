@@ -35,16 +35,16 @@ def read(tmp_path: Path):
 def test_an_array_a_video(read) -> None:
     parcel = read({"b": frames(2, 4, value=2), "a": frames(3, 4), "number": np.array(7)})
     assert (parcel.ok, parcel.features) == (["a", "b"], ("embedding",))
-    assert {i: row.n_frames for i, row in parcel.rows.items()} == {"a": 3, "b": 2}
-    assert {row.decoder for row in parcel.rows.values()} == {"imported"}
+    assert {i: row.n_frames for i, (row,) in parcel.rows.items()} == {"a": 3, "b": 2}
+    assert {row.decoder for (row,) in parcel.rows.values()} == {"imported"}
     np.testing.assert_array_equal(parcel.read("b", 0)["embedding"], frames(2, 4, value=2))
     assert np.isnan(parcel.read("b", 0)["timestamps_s"]).tolist() == [True, True]
-    assert (parcel.spec.frames.n_frames, parcel.spec.dtype, parcel.shape.embed_dim) == (3, "float32", 4)
+    assert (parcel.spec.frames.describe(), parcel.spec.dtype, parcel.shape.embed_dim) == ("as imported", "float32", 4)
 
 
 def test_a_video_of_one_frame(read) -> None:
     parcel = read({"c/a": frames(4), "c/b": frames(4)})
-    assert parcel.read("c/a")["embedding"].shape == (1, 4)
+    assert parcel.read("c/a", 0)["embedding"].shape == (1, 4)
 
 
 def test_videos_in_class_groups(read) -> None:
@@ -152,9 +152,9 @@ def test_arrays_that_are_no_features(read, arrays, words: str) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite(read, bad: float) -> None:
     parcel = read({"a": frames(2, 4), "b": np.array([[0, bad]], np.float32).repeat(2, 1)})
-    parcel.read("a")
+    parcel.read("a", 0)
     with pytest.raises(ConfigError, match="'b' has numbers that are not finite"):
-        parcel.read("b")
+        parcel.read("b", 0)
 
 
 def test_numbers_are_stored_as_they_are_or_as_asked(read) -> None:
@@ -162,7 +162,7 @@ def test_numbers_are_stored_as_they_are_or_as_asked(read) -> None:
         assert read({"a": frames(2, 4, dtype=given)}).spec.dtype == stored
     assert read({"a": frames(2, 4)}, dtype="bfloat16").read("a", 0)["embedding"].dtype == np.float32
     with pytest.raises(ConfigError, match="'a' has numbers that float16 cannot hold"):
-        read({"a": frames(2, 4, value=1e5)}, dtype="float16").read("a")
+        read({"a": frames(2, 4, value=1e5)}, dtype="float16").read("a", 0)
     with pytest.raises(UnknownName, match="dtype"):
         read({"a": frames(2, 4)}, dtype="int8")
 
