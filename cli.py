@@ -269,6 +269,9 @@ def import_(
     model: Annotated[str | None, typer.Option(help="The open_clip model that made the features, for text.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="Its weights. (default: openai)")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32. (default: as they are)")] = None,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="Share of each class drawn for testing; groups stay whole.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -276,7 +279,7 @@ def import_(
     from coldframe.extract.exchange import Reading, import_features
 
     weights = pretrained or (default_weights(model) if model else None)
-    reading = Reading(feature, dataset, ids, labels, classes, group, model, weights, dtype)
+    reading = Reading(feature, dataset, ids, labels, classes, group, model, weights, dtype, test_fraction)
     given = None if manifest is None else open_manifest(manifest)
     report = import_features(source, store, reading=reading, manifest=given, quiet=quiet)
     show(report.to_json(), report.describe(), as_json)

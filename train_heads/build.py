@@ -59,7 +59,7 @@ def needed_features(name: str, config: Any, store: FeatureStore) -> tuple[str, .
     """
     wanted, layers = find(name).features(config), store.shape.layers
     if store.spec.tower.model == IMPORTED and not layers and any(".-" in feature for feature in wanted):
-        raise _unknown_tower(f"{name} needs {', '.join(wanted)}")
+        raise _unknown_tower(f"{name} needs {', '.join(wanted)}", store.features)
     return canonical_features(wanted, layers)
 
 
@@ -87,9 +87,10 @@ def frozen_tower(spec: TowerSpec, device: torch.device) -> Callable[[], Tower]:
     return load
 
 
-def _unknown_tower(need: str) -> ConfigError:
+def _unknown_tower(need: str, seen: Sequence[str] = ()) -> ConfigError:
     return ConfigError(
         f"{need}, and nothing says which tower made these imported features",
+        seen=", ".join(seen) or None,
         fix="Say so in a new store: coldframe import FILE --store STORE --model ViT-B-16 --pretrained openai",
     )
 

@@ -84,9 +84,10 @@ def understand(
 
 def _refuse_idle_options(reading: Reading, given: Manifest | None) -> None:
     """Refuse options that would say nothing beside others."""
-    if given is not None and (reading.labels or reading.classes or reading.group):
+    if given is not None and (reading.labels or reading.classes or reading.group or reading.test_fraction is not None):
         raise ConfigError(
-            "the manifest says labels, classes and groups", fix="Leave out --labels, --classes and --group."
+            "the manifest says labels, classes, groups and splits",
+            fix="Leave out --labels, --classes, --group and --test-fraction.",
         )
     if reading.pretrained and not reading.model:
         raise ConfigError("weights of no model", seen=f"--pretrained {reading.pretrained}", fix="Add --model NAME.")
