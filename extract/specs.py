@@ -185,11 +185,14 @@ class FeatureSpec:
         mine, theirs = _flat(_identity(self)), _flat(_identity(other))
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
+                is_imported = IMPORTED in (mine.get(name), theirs.get(name))
                 raise SpecMismatch(
                     f"{what} was made with another {name}",
                     seen=repr(mine.get(name)),
                     wanted=repr(theirs.get(name)),
-                    fix="Ask for the same setting, or write to another store.",
+                    fix="What was imported cannot be extracted: write to another store."
+                    if is_imported
+                    else "Ask for the same setting, or write to another store.",
                 )
 
     def to_json(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def understand(
     if kind not in ("embedding", "cls", "tokens"):
         raise UnknownName("feature to import", reading.feature or "", ("embedding", "cls.<k>", "tokens.<k>"))
     frame_ndim = 2 if kind == "tokens" else 1
-    videos = _in_one_array(leaves, reading, frame_ndim) or _one_by_one(leaves, reading, frame_ndim)
+    videos = _in_one_array(leaves, reading, frame_ndim) or _one_by_one(leaves, reading, frame_ndim, given)
     frame = _frame_shape(videos.clips, frame_ndim)
     if given is None:
         manifest, notes = manifest_of(leaves, videos, reading, source)
@@ -151,7 +151,7 @@ def _ids(leaves: Mapping[str, Leaf], name: str, bank: Leaf, reading: Reading) ->
     return None if key is None else (key, unique[key])
 
 
-def _one_by_one(leaves: Mapping[str, Leaf], reading: Reading, frame_ndim: int) -> Videos:
+def _one_by_one(leaves: Mapping[str, Leaf], reading: Reading, frame_ndim: int, given: Manifest | None) -> Videos:
     """An array a video, or a group a video with arrays in it."""
     floats = {name: leaf for name, leaf in leaves.items() if leaf.dtype.kind == "f"}
     if reading.dataset not in (None, "."):
@@ -173,7 +173,7 @@ def _one_by_one(leaves: Mapping[str, Leaf], reading: Reading, frame_ndim: int) -
             wanted=f"float arrays [T, {frame}] of single videos, or [V, T, {frame}] beside an array of ids",
             fix="Say what the numbers are: --as embedding, cls.K or tokens.K.",
         )
-    has_groups = reading.dataset != "." and (reading.dataset is not None or _are_groups(fitting))
+    has_groups = reading.dataset != "." and (reading.dataset is not None or _are_groups(fitting, given))
     kinds = sorted({last(name) for name in fitting})
     if has_groups and len(kinds) > 1:
         raise ConfigError(
@@ -188,8 +188,10 @@ def _one_by_one(leaves: Mapping[str, Leaf], reading: Reading, frame_ndim: int) -
     return Videos(clips, {video_id: (video_id if has_groups else "", None) for video_id in clips}, tuple(notes))
 
 
-def _are_groups(fitting: Mapping[str, Leaf]) -> bool:
+def _are_groups(fitting: Mapping[str, Leaf], given: Manifest | None) -> bool:
     """Whether names are those of arrays within a video, rather than those of videos."""
+    if given is not None and not given.by_id.keys().isdisjoint(fitting):
+        return False
     inside: dict[str, set[str]] = {}
     for name in fitting:
         inside.setdefault(parent(name), set()).add(last(name))

@@ -62,6 +62,13 @@ def test_a_group_a_video(read) -> None:
         read(arrays, dataset="flwo")
 
 
+def test_names_that_repeat_in_every_class_are_videos_where_the_manifest_says_so(read, toy) -> None:
+    arrays = {f"{c}/{i}": frames(2, 4) for c in ("wave", "clap") for i in (1, 2)}
+    with pytest.raises(ConfigError, match=r"several arrays; found 1, 2\. .*or \. if each is a video"):
+        read(arrays)
+    assert read(arrays, given=toy.manifest(arrays)).ok == sorted(arrays)
+
+
 def test_a_group_that_holds_other_arrays_too(read) -> None:
     arrays = {"v1/features": frames(9, 4), "v1/gtscore": frames(9), "v1/picks": np.arange(9),
               "v2/features": frames(5, 4), "v2/gtscore": frames(5), "v2/picks": np.arange(5)}  # fmt: skip
