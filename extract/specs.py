@@ -183,15 +183,15 @@ class FeatureSpec:
     def expect(self, other: FeatureSpec, what: str) -> None:
         """Raise SpecMismatch, naming the first field in which `other` differs from this spec."""
         mine, theirs = _flat(_identity(self)), _flat(_identity(other))
+        is_one_imported = (self.frames.sampling == IMPORTED) != (other.frames.sampling == IMPORTED)
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
-                is_imported = IMPORTED in (mine.get(name), theirs.get(name))
                 raise SpecMismatch(
                     f"{what} was made with another {name}",
                     seen=repr(mine.get(name)),
                     wanted=repr(theirs.get(name)),
-                    fix="What was imported cannot be extracted: write to another store."
-                    if is_imported
+                    fix="What is imported and what is extracted do not mix: write to another store."
+                    if is_one_imported
                     else "Ask for the same setting, or write to another store.",
                 )
 

@@ -337,7 +337,7 @@ def test_an_imported_store_says_what_cannot_be_done_with_it(run, tmp_path: Path)
         ("export s --to f.h5 --features cls.0", "extract cannot add to it; import what is missing"),
         ("export s --to f.h5 --features cls.0", "coldframe import f.npz --store s --as cls.0 --dtype float32"),
         ("eval zero_shot --store s --head mean_pool", "coldframe import FILE --store STORE --model ViT-B-16"),
-        ("extract s/manifest.parquet --store s --model coldframe-tiny", "cannot be extracted: write to another store"),
+        ("extract s/manifest.parquet --store s --model coldframe-tiny", "do not mix: write to another store"),
         ("extract s/manifest.parquet --store t --sampling imported", "no sampling is named 'imported'"),
         (
             "extract s/manifest.parquet --store t --model coldframe-tiny --sampling imported --decoder imported",
