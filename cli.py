@@ -350,6 +350,64 @@ def merge(
     show(opened.stats() | {"n_shards_added": n_added}, f"{n_added:,} shards added\n{opened.describe()}", as_json)
 
 
+@app.command(**about("Write a store as HDF5, webdataset or npy files.", "export store --to features.h5"))
+def export(
+    store: Annotated[Path, typer.Argument(help="The feature store.")],
+    to: Annotated[
+        Path, typer.Option(help="FILE.h5, FILE.tar (webdataset), or a folder (an .npy a video and feature).")
+    ],
+    features: Annotated[str, typer.Option(help="Only these. (default: all that every video has)")] = "",
+    split: Annotated[str | None, typer.Option(help="Only train, val or test. (default: every video)")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write features for other programs. A .h5 holds all that is known, and imports as the same store."""
+    from coldframe.extract.exchange import export_store
+
+    names = split_list(features)
+    report = export_store(open_store(store), to, features=names, split=split, overwrite=overwrite, quiet=quiet)
+    show(report.to_json(), report.describe(), as_json)
+
+
+@app.command("import", **about("Make a store of features you already have.", "import features.h5 --store store"))
+def import_(
+    source: Annotated[Path, typer.Argument(help="FILE.h5, FILE.npz, or a folder of .npy or .npz files.")],
+    store: Store,
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", "-m", help="Labels and splits, by id or by name of file.")
+    ] = None,
+    feature: Annotated[
+        str | None, typer.Option("--as", help="What the numbers are: embedding, cls.K, tokens.K. (default: embedding)")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="The array, where there are several; . if each array is a video.")
+    ] = None,
+    ids: Annotated[str | None, typer.Option(help="The array of ids, beside one array of all videos.")] = None,
+    labels: Annotated[str | None, typer.Option(help="The array of labels.")] = None,
+    classes: Annotated[str | None, typer.Option(help="The array of class names, in the order of labels.")] = None,
+    group: Annotated[str | None, typer.Option(help="The array of groups: persons, scenes or sources.")] = None,
+    model: Annotated[str | None, typer.Option(help="The open_clip model that made the features, for text.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Its weights. (default: openai)")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32. (default: as they are)")] = None,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="Share of each class drawn for testing; groups stay whole.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a store of cached features: how the arrays lie is found by looking. Resumes by itself."""
+    from coldframe.extract.exchange import Reading, import_features
+
+    weights = pretrained or (default_weights(model) if model else None)
+    reading = Reading(feature, dataset, ids, labels, classes, group, model, weights, dtype, test_fraction)
+    given = None if manifest is None else open_manifest(manifest)
+    report = import_features(source, store, reading=reading, manifest=given, quiet=quiet)
+    show(report.to_json(), report.describe(), as_json)
+    if report.interrupted:
+        raise typer.Exit(130)
+
+
 @app.command(
     "train-head",
     **about("Train a head on cached features.", "train-head evl_decoder --store store --out runs/evl --set epochs=20"),

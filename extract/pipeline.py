@@ -31,7 +31,7 @@ from .leases import WHOLE, Part
 from .progress import Progress
 from .shards import SALVAGED
 from .space import free_bytes, needed_bytes, readable
-from .specs import FeatureSpec, canonical_features
+from .specs import IMPORTED, SAMPLINGS, FeatureSpec, canonical_features
 from .towers import Tower, TowerError
 from .workers import Answer, Chunk, DecodePool, Failure, Job
 from .writer import FeatureWriter, ShardBuilder
@@ -164,9 +164,10 @@ def extract(
         SpecMismatch: the store was made with another spec.
         StoreError: the store cannot be written; the shards committed so far stay.
         DecodeError: a video cannot be read, and the options say to stop there.
-        ConfigError: mirrored crops of classes that tell left from right.
+        ConfigError: mirrored crops of classes that tell left from right, or frames of imported features.
     """
     options = options or ExtractOptions()
+    _refuse_imported(spec)
     refuse_flips(spec, manifest)
     report = ExtractReport(store)
     started = time.perf_counter()
@@ -252,6 +253,17 @@ def decode_pool(spec: FeatureSpec, options: ExtractOptions) -> DecodePool:
         memory_bytes=options.worker_bytes,
         options=DecodeOptions(options.salvage, options.max_frames),
     )
+
+
+def _refuse_imported(spec: FeatureSpec) -> None:
+    """Refuse to sample as nobody knows how."""
+    if spec.frames.sampling == IMPORTED:
+        raise ConfigError(
+            "features can be imported, but not extracted as imported ones were",
+            seen=f"sampling {IMPORTED}",
+            wanted=f"one of {', '.join(SAMPLINGS)}",
+            fix="Extract to another store, or use coldframe import.",
+        )
 
 
 def refuse_flips(spec: FeatureSpec, manifest: Manifest) -> None:

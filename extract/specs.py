@@ -20,6 +20,7 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")  # int8: patch and class tok
 SAMPLINGS = ("uniform", "random", "dense", "fps", "all")
 CROPS = ("centre", "three", "random")
 DECODERS = ("auto", "decord", "pyav", "torchcodec")  # auto: decord where it is exact, else PyAV
+IMPORTED = "imported"  # frames, decoder or tower of features that came from elsewhere; nothing here can make such
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -44,10 +45,11 @@ class FrameSpec:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
-        _one_of("sampling", self.sampling, SAMPLINGS)
-        _one_of("decoder", self.decoder, DECODERS)
+        if not self.sampling == self.decoder == IMPORTED:
+            _one_of("sampling", self.sampling, SAMPLINGS)
+            _one_of("decoder", self.decoder, DECODERS)
         _one_of("crops", self.crops or "centre", CROPS)
-        of_fixed_length = self.sampling not in ("fps", "all")
+        of_fixed_length = self.sampling not in ("fps", "all", IMPORTED)
         is_random = self.sampling == "random" or self.crops == "random"
         _whole("n_frames", self.n_frames, of_fixed_length, f"sampling {self.sampling}")
         _whole("stride", self.stride, self.sampling == "dense", f"sampling {self.sampling}")
@@ -88,6 +90,8 @@ class FrameSpec:
                 words = [f"{self.rate_fps:g} a second"]
             case "all":
                 words = ["all"]
+            case "imported":
+                words = ["as imported"]
             case _:
                 words = [f"{self.n_frames} {self.sampling}"]
         words += [f"{self.stride} apart"] if self.stride else []
@@ -179,13 +183,16 @@ class FeatureSpec:
     def expect(self, other: FeatureSpec, what: str) -> None:
         """Raise SpecMismatch, naming the first field in which `other` differs from this spec."""
         mine, theirs = _flat(_identity(self)), _flat(_identity(other))
+        is_one_imported = (self.frames.sampling == IMPORTED) != (other.frames.sampling == IMPORTED)
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
                 raise SpecMismatch(
                     f"{what} was made with another {name}",
                     seen=repr(mine.get(name)),
                     wanted=repr(theirs.get(name)),
-                    fix="Ask for the same setting, or write to another store.",
+                    fix="What is imported and what is extracted do not mix: write to another store."
+                    if is_one_imported
+                    else "Ask for the same setting, or write to another store.",
                 )
 
     def to_json(self) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data_manifests.records import Manifest
-from .arrays import ArrayFile, BatchMemory, FrameReader, StoreError, bytes_of
+from .arrays import ArrayFile, BatchMemory, FrameReader, StoreError, bytes_of, checksum
 from .catalogue import MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
 from .compress import restored
 from .shards import SALVAGED, Damage, Shard, VideoRow, committed, damage_of
-from .specs import FeatureSpec, SpecMismatch, TowerShape, arrays_of, canonical_feature, canonical_features
+from .specs import IMPORTED, FeatureSpec, SpecMismatch, TowerShape, arrays_of, canonical_feature, canonical_features
 from .writer import FeatureWriter, ShardBuilder
 
 __all__ = ["FeatureStore", "FeatureWriter", "FrameFeatures", "ShardBuilder", "StoreError", "VideoRow"]
@@ -148,6 +148,25 @@ class FeatureStore:
         frames = restored(*arrays) if len(arrays) == 2 else arrays[0]
         return frames.float().numpy() if frames.dtype == torch.bfloat16 else frames.numpy()
 
+    def stored(self, array: str, video_id: str, view: int = 0) -> NDArray:
+        """One array of one view of a video as it lies in the store, [T, ...]; uint16 for the bits of bfloat16.
+
+        Raises:
+            StoreError: the store lacks it, or its bytes are not the ones that were written.
+        """
+        frames = self._read(array, (video_id, view))
+        row = self.catalogue.row(self.catalogue.holders[array][video_id, view])
+        if checksum(np.asarray(bytes_of(frames))) != row.crc32c[array]:
+            raise StoreError(
+                f"{array} of video {video_id!r} is damaged in {self.path}",
+                fix="See `coldframe inspect STORE --verify`, and extract again what it lists.",
+            )
+        return (frames.view(torch.uint16) if frames.dtype == torch.bfloat16 else frames).numpy()
+
+    def holds(self, array: str, video_id: str, view: int = 0) -> bool:
+        """Whether the store has an array of a view of a video."""
+        return (video_id, view) in self.catalogue.holders.get(array, ())
+
     def lengths(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Frames of each video, [B]; raises StoreError for a video that the store lacks."""
         return np.array([self._row((video_id, 0)).n_frames for video_id in ids], dtype=np.int64)
@@ -215,7 +234,7 @@ class FeatureStore:
             raise SpecMismatch(
                 f"{wanted_by} needs {', '.join(missing)}, which not all videos of {self.path} have",
                 seen=", ".join(self.features) or "no features",
-                fix=f"Add what is missing: {self.extract_command(missing)}",
+                fix=self._how_to_add(missing),
             )
 
     def extract_command(self, features: Sequence[str]) -> str:
@@ -242,6 +261,21 @@ class FeatureStore:
         options = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
         options += ["--flip"] if frames.flip else []
         return shlex.join(["coldframe", "extract", str(self.path / MANIFEST), *options])
+
+    def _how_to_add(self, features: Sequence[str]) -> str:
+        """What to do about features that are missing."""
+        tower = self.spec.tower
+        if self.spec.frames.sampling != IMPORTED:
+            return f"Add what is missing: {self.extract_command(features)}"
+        settings = {"store": str(self.path), "as": features[0], "dtype": self.spec.dtype}
+        if tower.model != IMPORTED:
+            settings |= {"model": tower.model, "pretrained": tower.pretrained}
+        options = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        source = tower.pretrained if tower.model == IMPORTED else "FILE"
+        return (
+            "The store was imported, so extract cannot add to it; import what is missing, if you have it: "
+            + shlex.join(["coldframe", "import", source, *options])
+        )
 
     def damage(self) -> Iterator[Damage]:
         """Whatever is not as it was written, shard by shard, also of rows that newer ones have replaced."""

@@ -294,7 +294,14 @@ class ShardBuilder:
         """What it holds so far."""
         return sum(part.nbytes for parts in self._arrays.values() for part in parts.values())
 
-    def add(self, video_id: str, features: Mapping[str, NDArray | Tensor], video: DecodedVideo) -> None:
+    def add(
+        self,
+        video_id: str,
+        features: Mapping[str, NDArray | Tensor],
+        video: DecodedVideo,
+        *,
+        attempts: int | None = None,
+    ) -> None:
         """Keep one video's features.
 
         Args:
@@ -302,11 +309,12 @@ class ShardBuilder:
                 those that the store already has are left out. Floats are converted to the store's dtype; uint16 holds
                 the bits of bfloat16; int8 tokens may come as floats, or with their scales.
             video: as it was decoded.
+            attempts: that it took; None counts those that the store knows.
         """
         self._arrived(video_id)
         n_crops = int(video.rows.max()) + 1
         stored = self._storable(features, n_crops)
-        attempt = self._attempt(video_id)
+        attempt = attempts or self._attempt(video_id)
         for i, view in enumerate(video.views):
             rows, key = video.rows[i], (video_id, view)
             for name, frames in stored.items():
@@ -328,10 +336,12 @@ class ShardBuilder:
                 seconds=video.seconds,
             )
 
-    def fail(self, video_id: str, reason: str, *, is_final: bool = True, seconds: float = 0.0) -> None:
+    def fail(
+        self, video_id: str, reason: str, *, is_final: bool = True, seconds: float = 0.0, attempts: int | None = None
+    ) -> None:
         """Keep why a video has no features; what is not final is tried again by the next run."""
         self._arrived(video_id)
-        attempt, status = self._attempt(video_id), "failed" if is_final else "deferred"
+        attempt, status = attempts or self._attempt(video_id), "failed" if is_final else "deferred"
         self._rows[video_id, 0] = VideoRow(video_id, status, reason, attempts=attempt, seconds=seconds)
         facts = {"video_id": video_id, "reason": reason, "attempt": attempt, "seconds": round(seconds, 3)}
         self._writer._journal.log(status, **facts)

@@ -20,7 +20,7 @@ OWNERS = {
     "open_clip": {"extract/pretrained.py", "extract/tiny/make.py"},
     "zarr": {"extract/arrays.py"},
     "pyarrow": {"data_manifests/tables.py", "extract/shards.py"},
-    "h5py": {"extract/hdf5.py"},
+    "h5py": {"extract/exchange/hdf5.py"},
     "safetensors": {"train_heads/checkpoint.py", "extract/text.py", "extract/weights.py", "extract/tiny/make.py"},
     "typer": {"cli.py"},
     "rich": {"extract/progress.py"},

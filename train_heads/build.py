@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data_manifests.errors import ConfigError
-from ..extract.specs import SpecMismatch, TowerSpec, canonical_features
+from ..extract.specs import IMPORTED, SpecMismatch, TowerSpec, canonical_features
 from ..extract.store import FeatureStore
 from ..extract.text import TextFeatures, encode_classes
 from ..extract.towers import Tower, load_tower
@@ -51,18 +51,29 @@ def build_head(
 
 
 def needed_features(name: str, config: Any, store: FeatureStore) -> tuple[str, ...]:
-    """The stored features that a head reads, under their names in the store."""
-    return canonical_features(find(name).features(config), store.shape.layers)
+    """The stored features that a head reads, under their names in the store.
+
+    Raises:
+        UnknownName: no such head or feature.
+        ConfigError: blocks counted from the last, of a tower that nobody knows.
+    """
+    wanted, layers = find(name).features(config), store.shape.layers
+    if store.spec.tower.model == IMPORTED and not layers and any(".-" in feature for feature in wanted):
+        raise _unknown_tower(f"{name} needs {', '.join(wanted)}", store.features)
+    return canonical_features(wanted, layers)
 
 
 def frozen_tower(spec: TowerSpec, device: torch.device) -> Callable[[], Tower]:
     """The tower that made a store, loaded at the first call.
 
-    The call raises TowerError if it cannot be loaded, and SpecMismatch if its weights are not those of the store.
+    The call raises ConfigError if nobody knows it, TowerError if it cannot be loaded, and SpecMismatch if its weights are
+    not those of the store.
     """
 
     @functools.cache
     def load() -> Tower:
+        if spec.model == IMPORTED:
+            raise _unknown_tower("the head needs the tower itself, or its texts")
         tower = load_tower(spec.model, spec.pretrained, spec.precision, str(device))
         if tower.spec.weights_sha256 != spec.weights_sha256:
             raise SpecMismatch(
@@ -74,6 +85,14 @@ def frozen_tower(spec: TowerSpec, device: torch.device) -> Callable[[], Tower]:
         return tower
 
     return load
+
+
+def _unknown_tower(need: str, seen: Sequence[str] = ()) -> ConfigError:
+    return ConfigError(
+        f"{need}, and nothing says which tower made these imported features",
+        seen=", ".join(seen) or None,
+        fix="Say so in a new store: coldframe import FILE --store STORE --model ViT-B-16 --pretrained openai",
+    )
 
 
 def find_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ import pytest
 
 from coldframe.data_manifests.errors import ConfigError, UnknownName
 from coldframe.extract.specs import (
+    IMPORTED,
     FeatureSpec,
     FrameSpec,
     SpecMismatch,
@@ -89,3 +90,13 @@ def test_shapes_of_one_frame() -> None:
     assert feature_shape("cls.12", SHAPE, 224) == (768,)
     assert feature_shape("embedding", SHAPE, 224) == (512,)
     assert feature_shape("pixels", SHAPE, 224) == (3, 224, 224)
+
+
+def test_imported_frames_are_nobodys_and_of_any_length() -> None:
+    frames = FrameSpec(None, IMPORTED, IMPORTED)
+    assert (frames.n_views, frames.describe()) == (1, "as imported")
+    for sampling, decoder in ((IMPORTED, "auto"), ("all", IMPORTED)):
+        with pytest.raises(UnknownName, match="is named 'imported'"):
+            FrameSpec(None, sampling, decoder)
+    with pytest.raises(ConfigError, match="takes no n_frames"):
+        FrameSpec(8, IMPORTED, IMPORTED)

@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data_manifests.errors import ConfigError, UnknownName
-from ..data_manifests.records import Manifest, listed
-from .catalogue import TIMES
-from .foreign_labels import Reading, Videos, last, manifest_of, matched, named_leaf, parent, texts
-from .parcels import Leaf, Parcel
-from .shards import VideoRow
-from .specs import (
-    DTYPES,
+from ...data_manifests.errors import ConfigError, UnknownName
+from ...data_manifests.records import Manifest, listed
+from ..catalogue import TIMES
+from ..shards import VideoRow
+from ..specs import (
+    IMPORTED,
     FeatureSpec,
     FrameSpec,
     TowerShape,
@@ -35,8 +33,11 @@ from .specs import (
     canonical_feature,
     feature_shape,
 )
+from .foreign_labels import Reading, Videos, last, manifest_of, matched, named_leaf, parent, texts
+from .parcels import Leaf, Parcel
 
 _IDS = ("video_ids", "video_id", "ids", "id", "video_names", "names", "name", "filenames", "paths", "path", "keys")
+_DTYPES = ("float16", "bfloat16", "float32")
 _FEATURES = {"features", "feature", "feats", "feat", "embeddings", "embedding", "clip", "data"}
 
 
@@ -59,7 +60,7 @@ def understand(
     if kind not in ("embedding", "cls", "tokens"):
         raise UnknownName("feature to import", reading.feature or "", ("embedding", "cls.<k>", "tokens.<k>"))
     frame_ndim = 2 if kind == "tokens" else 1
-    videos = _in_one_array(leaves, reading, frame_ndim) or _one_by_one(leaves, reading, frame_ndim)
+    videos = _in_one_array(leaves, reading, frame_ndim) or _one_by_one(leaves, reading, frame_ndim, given)
     frame = _frame_shape(videos.clips, frame_ndim)
     if given is None:
         manifest, notes = manifest_of(leaves, videos, reading, source)
@@ -69,23 +70,24 @@ def understand(
     lengths = {own: _length(videos.clips[theirs], frame_ndim) for own, theirs in named.items()}
     name, tower, shape = _tower(reading, source, frame)
     dtype = reading.dtype or _dtype(videos.clips.values())
-    if dtype not in DTYPES:
-        raise UnknownName("dtype", dtype, DTYPES)
-    spec = FeatureSpec(FrameSpec(max(lengths.values())), tower, dtype)
+    if dtype not in _DTYPES:
+        raise UnknownName("dtype", dtype, _DTYPES)
+    spec = FeatureSpec(FrameSpec(None, IMPORTED, IMPORTED), tower, dtype)
 
-    def read(video_id: str) -> dict[str, NDArray]:
+    def read(video_id: str, view: int) -> dict[str, NDArray]:
         frames = _numbers(videos.clips[named[video_id]], video_id, dtype).reshape(-1, *frame)
         return {name: frames, TIMES: np.full(len(frames), np.nan)}  # nobody said when the frames were
 
-    rows = {i: VideoRow(i, "ok", n_frames=n, decoder="imported") for i, n in lengths.items()}
+    rows = {i: [VideoRow(i, "ok", n_frames=n, decoder=IMPORTED)] for i, n in lengths.items()}
     return Parcel(spec, shape, (name,), manifest, rows, read), (*videos.notes, *notes)
 
 
 def _refuse_idle_options(reading: Reading, given: Manifest | None) -> None:
     """Refuse options that would say nothing beside others."""
-    if given is not None and (reading.labels or reading.classes or reading.group):
+    if given is not None and (reading.labels or reading.classes or reading.group or reading.test_fraction is not None):
         raise ConfigError(
-            "the manifest says labels, classes and groups", fix="Leave out --labels, --classes and --group."
+            "the manifest says labels, classes, groups and splits",
+            fix="Leave out --labels, --classes, --group and --test-fraction.",
         )
     if reading.pretrained and not reading.model:
         raise ConfigError("weights of no model", seen=f"--pretrained {reading.pretrained}", fix="Add --model NAME.")
@@ -149,7 +151,7 @@ def _ids(leaves: Mapping[str, Leaf], name: str, bank: Leaf, reading: Reading) ->
     return None if key is None else (key, unique[key])
 
 
-def _one_by_one(leaves: Mapping[str, Leaf], reading: Reading, frame_ndim: int) -> Videos:
+def _one_by_one(leaves: Mapping[str, Leaf], reading: Reading, frame_ndim: int, given: Manifest | None) -> Videos:
     """An array a video, or a group a video with arrays in it."""
     floats = {name: leaf for name, leaf in leaves.items() if leaf.dtype.kind == "f"}
     if reading.dataset not in (None, "."):
@@ -171,7 +173,7 @@ def _one_by_one(leaves: Mapping[str, Leaf], reading: Reading, frame_ndim: int) -
             wanted=f"float arrays [T, {frame}] of single videos, or [V, T, {frame}] beside an array of ids",
             fix="Say what the numbers are: --as embedding, cls.K or tokens.K.",
         )
-    has_groups = reading.dataset != "." and (reading.dataset is not None or _are_groups(fitting))
+    has_groups = reading.dataset != "." and (reading.dataset is not None or _are_groups(fitting, given))
     kinds = sorted({last(name) for name in fitting})
     if has_groups and len(kinds) > 1:
         raise ConfigError(
@@ -186,8 +188,10 @@ def _one_by_one(leaves: Mapping[str, Leaf], reading: Reading, frame_ndim: int) -
     return Videos(clips, {video_id: (video_id if has_groups else "", None) for video_id in clips}, tuple(notes))
 
 
-def _are_groups(fitting: Mapping[str, Leaf]) -> bool:
+def _are_groups(fitting: Mapping[str, Leaf], given: Manifest | None) -> bool:
     """Whether names are those of arrays within a video, rather than those of videos."""
+    if given is not None and not given.by_id.keys().isdisjoint(fitting):
+        return False
     inside: dict[str, set[str]] = {}
     for name in fitting:
         inside.setdefault(parent(name), set()).add(last(name))
@@ -226,7 +230,7 @@ def _tower(reading: Reading, source: Path, frame: tuple[int, ...]) -> tuple[str,
     """The feature's canonical name, and the tower that made it: the one that is named, or one known by this file alone."""
     asked = reading.feature or "embedding"
     if reading.model is not None:
-        from .towers import load_tower
+        from ..towers import load_tower
 
         tower = load_tower(reading.model, reading.pretrained, device="cpu")
         name = canonical_feature(asked, tower.shape.layers)
@@ -253,7 +257,7 @@ def _tower(reading: Reading, source: Path, frame: tuple[int, ...]) -> tuple[str,
         context_length=0,
     )
     unknown = TransformSpec(size_px=0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return name, TowerSpec("imported", source.name, _digest(source), False, "fp32", unknown), shape
+    return name, TowerSpec(IMPORTED, source.name, _digest(source), False, "fp32", unknown), shape
 
 
 def _grid(n_tokens: int) -> tuple[int, int]:

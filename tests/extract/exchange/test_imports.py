@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import re
-import tarfile
 from pathlib import Path
 
 import h5py
@@ -15,14 +12,12 @@ import pytest
 import torch
 
 from coldframe.cli import main
-from coldframe.data_manifests.errors import ConfigError, UnknownName
+from coldframe.data_manifests.errors import ConfigError
 from coldframe.data_manifests.records import Manifest
-from coldframe.extract import exchange
 from coldframe.extract.arrays import StoreError
-from coldframe.extract.exchange import export_store, import_features
-from coldframe.extract.foreign_labels import Reading
+from coldframe.extract.exchange import Reading, export_store, import_features, imports
 from coldframe.extract.shards import committed
-from coldframe.extract.specs import SpecMismatch
+from coldframe.extract.specs import IMPORTED, FrameSpec, SpecMismatch
 from coldframe.extract.store import FeatureStore
 
 IDS = ["clap/a.mp4", "clap/b.c.mp4", "wave/a.mp4", "wave/é b.mp4", "x"]
@@ -43,10 +38,60 @@ def same(one: FeatureStore, other: FeatureStore) -> None:
     assert other.bad_videos() == {}
 
 
+def test_views_int8_and_pooled_tokens_come_back_bit_for_bit(views: FeatureStore, tmp_path: Path) -> None:
+    assert (views.n_views, len(views.rows)) == (3, 8)
+    export_store(views, tmp_path / "f.h5", quiet=True)
+    report = import_features(tmp_path / "f.h5", tmp_path / "back", quiet=True)
+    assert (report.n_videos, report.n_failed, report.n_present) == (2, 2, 0)
+    back = FeatureStore.open(tmp_path / "back")
+    same(views, back)
+    for row in views.rows:
+        for array in ("embedding", "tokens.2", "scale.2", "timestamps_s") if row.is_ok else ():
+            one, other = (store.stored(array, row.video_id, row.view) for store in (views, back))
+            assert (one.dtype, one.tobytes()) == (other.dtype, other.tobytes())
+    assert [(row.status, row.attempts, row.reason) for row in back.failures] == [
+        ("failed", 1, "no video stream"),
+        ("deferred", 2, "no such file"),
+    ]
+    n_shards = len(committed(tmp_path / "back" / "shards"))
+    assert import_features(tmp_path / "f.h5", tmp_path / "back", quiet=True).n_present == 2
+    assert len(committed(tmp_path / "back" / "shards")) == n_shards
+
+
+def test_a_draw_that_the_store_lacks_is_added(views: FeatureStore, tmp_path: Path) -> None:
+    third = sorted(committed(views.path / "shards"))[-1]
+    export_store(views, tmp_path / "all.h5", quiet=True)
+    third.rename(tmp_path / third.name)
+    export_store(FeatureStore.open(views.path), tmp_path / "two.h5", quiet=True)
+    assert import_features(tmp_path / "two.h5", tmp_path / "back", quiet=True).n_present == 0
+    assert FeatureStore.open(tmp_path / "back").n_views == 2
+    import_features(tmp_path / "all.h5", tmp_path / "back", quiet=True)
+    back = FeatureStore.open(tmp_path / "back")
+    assert back.rows == views.rows
+    assert back.bad_videos() == {}
+
+
+def test_what_failed_here_but_not_there_is_imported(toy, tmp_path: Path) -> None:
+    export_store(toy.write(IDS, ["embedding"]), tmp_path / "f.h5", quiet=True)
+    other = type(toy)(tmp_path / "other")
+    other.write(IDS, ["embedding"], failed={"x": "no video stream"})
+    assert import_features(tmp_path / "f.h5", other.path, quiet=True).n_present == 4
+    assert FeatureStore.open(other.path).rows == FeatureStore.open(toy.path).rows
+
+
+def test_another_version_of_a_video_does_not_replace_what_is_there(toy, tmp_path: Path) -> None:
+    export_store(toy.write(IDS, ["embedding"], seed=1), tmp_path / "f.h5", quiet=True)
+    other = type(toy)(tmp_path / "other")
+    store = other.write(IDS[:1], ["cls.2"])
+    with pytest.raises(ConfigError, match=r"'clap/a\.mp4' is another version .* Import into another store"):
+        import_features(tmp_path / "f.h5", other.path, manifest=toy.manifest(IDS), quiet=True)
+    assert FeatureStore.open(other.path).rows == store.rows
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_hdf5_there_and_back_is_the_same_store(toy, tmp_path: Path, dtype: str) -> None:
     toy.write(IDS, NAMES, lengths={"clap/a.mp4": 2, "x": 1}, failed={"wave/a.mp4": "timed out"}, dtype=dtype)
-    store = toy.write(IDS, NAMES, failed={"wave/a.mp4": "timed out again"}, retry_failed=True, dtype=dtype)
+    store = toy.write(IDS, NAMES, failed={"wave/a.mp4": "timed out again"}, retry=True, dtype=dtype)
     assert store.failures[0].attempts == 2
     report = export_store(store, tmp_path / "f.h5", quiet=True)
     assert (report.n_videos, report.n_failed, report.features) == (4, 1, store.features)
@@ -90,18 +135,18 @@ def test_an_import_goes_on_where_it_was_interrupted(toy, tmp_path: Path, monkeyp
     store = toy.write(IDS, ["embedding"])
     export_store(store, tmp_path / "f.h5", quiet=True)
     monkeypatch.setattr("coldframe.extract.writer._SHARD_VIDEOS", 2)
-    real, seen = exchange._hand_over, []
+    real, seen = imports._hand_over, []
 
-    def stop_at_the_fourth(shard, parcel, row) -> None:
-        seen.append(row.video_id)
+    def stop_at_the_fourth(shard, parcel, rows) -> None:
+        seen.append(rows)
         if len(seen) == 4:
             raise KeyboardInterrupt
-        real(shard, parcel, row)
+        real(shard, parcel, rows)
 
-    monkeypatch.setattr(exchange, "_hand_over", stop_at_the_fourth)
+    monkeypatch.setattr(imports, "_hand_over", stop_at_the_fourth)
     assert import_features(tmp_path / "f.h5", tmp_path / "back", quiet=True).interrupted
     assert FeatureStore.open(tmp_path / "back").ids == tuple(IDS[:2])
-    monkeypatch.setattr(exchange, "_hand_over", real)
+    monkeypatch.setattr(imports, "_hand_over", real)
     report = import_features(tmp_path / "f.h5", tmp_path / "back", quiet=True)
     assert (report.n_present, report.interrupted) == (2, False)
     same(store, FeatureStore.open(tmp_path / "back"))
@@ -118,128 +163,6 @@ def test_a_part_of_a_store(toy, tmp_path: Path) -> None:
     import_features(tmp_path / "f.h5", tmp_path / "back", quiet=True)
     back = FeatureStore.open(tmp_path / "back")
     assert (back.features, set(back.ids), back.manifest) == (("cls.2",), set(train.ids), train)
-
-
-def test_npy_files(toy, tmp_path: Path) -> None:
-    store = toy.write(IDS, ["embedding", "tokens.1"], dtype="bfloat16", failed={"x": "timed out"})
-    export_store(store, tmp_path / "d", quiet=True)
-    array = np.load(tmp_path / "d" / "tokens.1" / "clap/b.c.mp4.npy", allow_pickle=False)
-    np.testing.assert_array_equal(array, toy.numbers("clap/b.c.mp4", "tokens.1"))
-    assert array.dtype == np.float32
-    times = np.load(tmp_path / "d" / "timestamps_s" / "wave/é b.mp4.npy", allow_pickle=False)
-    np.testing.assert_array_equal(times, np.arange(3) / 25)
-    facts = json.loads((tmp_path / "d" / "store.json").read_text())
-    assert (facts["fingerprint"], facts["features"]) == (store.fingerprint, ["embedding", "tokens.1"])
-    assert (facts["videos"]["x"]["reason"], facts["videos"]["clap/a.mp4"]["n_frames"]) == ("timed out", 3)
-    manifest = Manifest.read(tmp_path / "d" / "manifest.csv")
-    assert manifest.fingerprint == store.manifest.fingerprint
-
-
-def test_float16_stays_float16_and_a_split_gets_a_parquet(toy, tmp_path: Path) -> None:
-    store = toy.write(IDS[:3], ["embedding"])
-    export_store(store, tmp_path / "d", split="test", quiet=True)
-    (only,) = store.manifest.split("test").ids
-    assert np.load(tmp_path / "d" / "embedding" / f"{only}.npy").dtype == np.float16
-    assert Manifest.read(tmp_path / "d" / "manifest.parquet").class_names == ("wave", "clap")
-    assert not list((tmp_path / "d").glob("manifest.c*"))
-
-
-def test_files_of_two_videos_in_one_place_are_refused(toy, tmp_path: Path) -> None:
-    store = toy.write(["a", "a.npy/b"], ["embedding"])
-    with pytest.raises(ConfigError, match="would lie where another"):
-        export_store(store, tmp_path / "d", quiet=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
-
-
-def test_webdataset(toy, tmp_path: Path) -> None:
-    store = toy.write(IDS, ["embedding", "tokens.1"])
-    export_store(store, tmp_path / "f.tar", quiet=True)
-    samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(tmp_path / "f.tar") as tar:
-        for member in tar:
-            if member.name == "__store__":
-                facts = json.load(tar.extractfile(member))
-                continue
-            key, extension = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name).groups()
-            assert not samples or key == next(reversed(samples)) or key not in samples  # a sample's files lie together
-            samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    assert (facts["fingerprint"], facts["class_names"]) == (store.fingerprint, ["wave", "clap"])
-    assert list(samples) == ["clap/a%2Emp4", "clap/b%2Ec%2Emp4", "wave/a%2Emp4", "wave/é b%2Emp4", "x"]
-    clip = samples["clap/b%2Ec%2Emp4"]
-    assert sorted(clip) == ["embedding.npy", "json", "timestamps_s.npy", "tokens.1.npy"]
-    array = np.load(io.BytesIO(clip["tokens.1.npy"]), allow_pickle=False)
-    np.testing.assert_array_equal(array, store.read("tokens.1", "clap/b.c.mp4"))
-    told = json.loads(clip["json"])
-    assert (told["video_id"], told["class_name"], told["label"], told["n_frames"]) == ("clap/b.c.mp4", "clap", 1, 3)
-
-
-def test_one_store_makes_one_tar(toy, tmp_path: Path) -> None:
-    store = toy.write(IDS, ["embedding"])
-    for name in ("one.tar", "two.tar"):
-        export_store(store, tmp_path / name, quiet=True)
-    assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
-
-
-@pytest.mark.parametrize("name", ["f.h5", "f.tar", "f"])
-def test_a_target_is_replaced_only_when_asked_and_whole(toy, tmp_path: Path, name: str, monkeypatch) -> None:
-    store = toy.write(IDS, ["embedding"])
-    to = tmp_path / "deep" / name
-    export_store(store, to, quiet=True)
-    with pytest.raises(ConfigError, match="--overwrite"):
-        export_store(store, to, quiet=True)
-    before = sorted(path.name for path in to.parent.rglob("*"))
-    monkeypatch.setattr(FeatureStore, "read", lambda *_: (_ for _ in ()).throw(StoreError("torn")))
-    with pytest.raises(StoreError, match="torn"):
-        export_store(store, to, overwrite=True, quiet=True)
-    monkeypatch.undo()
-    assert sorted(path.name for path in to.parent.rglob("*")) == before
-    export_store(store, to, overwrite=True, split="train", quiet=True)
-    assert [path.name for path in to.parent.iterdir()] == [name]
-    after = sorted(path.name for path in to.parent.rglob("*"))
-    assert (after != before) == (name == "f")
-
-
-def test_folders_that_no_export_wrote_are_safe(toy, tmp_path: Path) -> None:
-    store = toy.write(IDS, ["embedding"])
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("1")
-    for to, words in (
-        (tmp_path / "thesis", "no export wrote"),
-        (toy.path, "in its store"),
-        (toy.path / "out.h5", "in its store"),
-        (tmp_path, "in its store"),
-        (tmp_path / "thesis" / "chapter.txt", "a file or a folder"),
-        (tmp_path / "f.zip", "FILE.h5"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            export_store(store, to, overwrite=True, quiet=True)
-    other = type(toy)(tmp_path / "other")
-    other.write(IDS, ["embedding"])
-    with pytest.raises(ConfigError, match="no export wrote"):
-        export_store(store, other.path, overwrite=True, quiet=True)
-    assert FeatureStore.open(other.path).ids
-
-
-def test_what_a_store_lacks_is_refused(toy, tmp_path: Path) -> None:
-    store = toy.write(IDS[:2], ["embedding"], failed={IDS[1]: "gone"})
-    with pytest.raises(SpecMismatch, match=r"tokens\.2"):
-        export_store(store, tmp_path / "f.h5", features=["tokens.-1"], quiet=True)
-    with pytest.raises(UnknownName, match="split"):
-        export_store(store, tmp_path / "f.h5", split="tset", quiet=True)
-    with pytest.raises(ConfigError, match="no video of the split val"):
-        export_store(store, tmp_path / "f.h5", split="val", quiet=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
-
-
-def test_damage_does_not_travel(toy, tmp_path: Path) -> None:
-    store = toy.write(IDS, ["embedding"])
-    (shard,) = committed(toy.path / "shards")
-    file = next((shard / "features.zarr" / "embedding").glob("c.*"))
-    content = bytearray(file.read_bytes())
-    content[0] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(StoreError, match=r"embedding of video 'clap/a.mp4' is damaged"):
-        export_store(store, tmp_path / "f.h5", quiet=True)
 
 
 def test_options_that_an_export_of_ours_knows_better_are_refused(toy, tmp_path: Path) -> None:
@@ -336,7 +259,8 @@ def test_a_foreign_hdf5(tmp_path: Path) -> None:
     store = FeatureStore.open(tmp_path / "s")
     assert store.lengths(["wave/a", "wave/b", "clap/c"]).tolist() == [1, 2, 3]
     assert [store.manifest.class_names[r.label] for r in store.manifest.records] == ["clap", "wave", "wave"]
-    assert store.spec.frames.n_frames == 3
+    assert store.spec.frames == FrameSpec(None, IMPORTED, IMPORTED)
+    assert store.longest == 3
 
 
 @pytest.fixture
@@ -402,3 +326,30 @@ def test_a_mistake_is_one_line(toy, run, tmp_path: Path, line: str, words: str) 
     assert code == 2
     assert only.startswith("error: ")
     assert words in only
+
+
+def test_an_imported_store_says_what_cannot_be_done_with_it(run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", x=np.ones((2, 3, 4), np.float32), ids=["a", "b"], y=["wave", "clap"])
+    assert run("import", "f.npz", "--store", "s", "-q")[0] == 0
+    for line, words in (
+        ("train-head evl_decoder --store s --out r", "tokens.-1, and nothing says which tower made these imported"),
+        ("train-head linear_probe --store s --out r --set feature=cls.3", "no feature is named 'cls.3'"),
+        ("export s --to f.h5 --features cls.0", "extract cannot add to it; import what is missing"),
+        ("export s --to f.h5 --features cls.0", "coldframe import f.npz --store s --as cls.0 --dtype float32"),
+        ("eval zero_shot --store s --head mean_pool", "coldframe import FILE --store STORE --model ViT-B-16"),
+        ("extract s/manifest.parquet --store s --model coldframe-tiny", "do not mix: write to another store"),
+        ("extract s/manifest.parquet --store t --sampling imported", "no sampling is named 'imported'"),
+        (
+            "extract s/manifest.parquet --store t --model coldframe-tiny --sampling imported --decoder imported",
+            "not ext",
+        ),
+    ):
+        code, _, err = run(*line.split())
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+        assert words in err
+    assert not (tmp_path / "t").exists()
+    tower = {"a": np.ones((3, 128), np.float32)}
+    np.savez(tmp_path / "g.npz", **tower)
+    assert run("import", "g.npz", "--store", "u", "--model", "coldframe-tiny", "--as", "cls.-1", "-q")[0] == 0
+    with pytest.raises(SpecMismatch, match=r"import FILE --store .*u --as tokens\.1 .*--model coldframe-tiny"):
+        FeatureStore.open(tmp_path / "u").require(["tokens.1"], "it")

@@ -10,9 +10,9 @@ import pytest
 
 from coldframe.data_manifests.errors import ConfigError, UnknownName
 from coldframe.data_manifests.records import Manifest, VideoRecord
-from coldframe.extract.foreign import understand
-from coldframe.extract.foreign_labels import Reading, matched
-from coldframe.extract.parcels import Leaf
+from coldframe.extract.exchange.foreign import understand
+from coldframe.extract.exchange.foreign_labels import Reading, matched
+from coldframe.extract.exchange.parcels import Leaf
 
 BANK = {"x": np.ones((3, 2, 4), np.float32), "ids": np.array(["b", "a", "c"])}
 CLIP = np.ones((2, 4), np.float32)
@@ -24,7 +24,7 @@ def read(tmp_path: Path):
     source = tmp_path / "f.npz"
     source.write_bytes(b"")
 
-    def call(arrays: dict[str, Any], **reading: str) -> Manifest:
+    def call(arrays: dict[str, Any], **reading: Any) -> Manifest:
         leaves = {name: Leaf(np.shape(x), np.asarray(x).dtype, np.asarray(x).__getitem__) for name, x in arrays.items()}
         parcel, call.notes = understand(leaves, Reading(**reading), source, None)
         return parcel.manifest
@@ -98,6 +98,22 @@ def test_labels_from_folders(read) -> None:
     assert [(r.split, r.label) for r in manifest.records] == [("train", 1), ("val", 1), ("test", 0)]
     assert set(names(read({"wave/a": CLIP, "b": CLIP})).values()) == {None}
     assert "no labels: give --labels KEY or --manifest FILE" in read.notes
+
+
+def test_a_test_split_is_drawn_in_whole_groups(read) -> None:
+    bank = {
+        "x": np.ones((40, 2, 4), np.float32),
+        "ids": np.arange(40),
+        "y": np.arange(40) % 2,
+        "who": np.arange(40) // 4,
+    }
+    manifest = read(bank, group="who", ids="ids", test_fraction=0.2)
+    assert [sum(r.split == split for r in manifest.records) for split in ("train", "test")] == [32, 8]
+    assert len({(r.group, r.split) for r in manifest.records}) == 10
+    assert "8 videos drawn for testing, whole groups" in read.notes
+    for arrays, words in (({"a": CLIP, "b": CLIP}, "found no labels"), ({"test/w/a": CLIP}, "splits from folders")):
+        with pytest.raises(ConfigError, match=words):
+            read(arrays, test_fraction=0.2)
 
 
 def record(video_id: str, path: str) -> VideoRecord:

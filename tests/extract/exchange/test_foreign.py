@@ -9,9 +9,9 @@ import pytest
 
 from coldframe.data_manifests.errors import ConfigError, UnknownName
 from coldframe.data_manifests.records import ManifestError
-from coldframe.extract.foreign import understand
-from coldframe.extract.foreign_labels import Reading
-from coldframe.extract.parcels import Leaf, Parcel
+from coldframe.extract.exchange.foreign import understand
+from coldframe.extract.exchange.foreign_labels import Reading
+from coldframe.extract.exchange.parcels import Leaf, Parcel
 
 
 def frames(*shape: int, dtype: str = "float32", value: float = 1) -> np.ndarray:
@@ -35,16 +35,16 @@ def read(tmp_path: Path):
 def test_an_array_a_video(read) -> None:
     parcel = read({"b": frames(2, 4, value=2), "a": frames(3, 4), "number": np.array(7)})
     assert (parcel.ok, parcel.features) == (["a", "b"], ("embedding",))
-    assert {i: row.n_frames for i, row in parcel.rows.items()} == {"a": 3, "b": 2}
-    assert {row.decoder for row in parcel.rows.values()} == {"imported"}
-    np.testing.assert_array_equal(parcel.read("b")["embedding"], frames(2, 4, value=2))
-    assert np.isnan(parcel.read("b")["timestamps_s"]).tolist() == [True, True]
-    assert (parcel.spec.frames.n_frames, parcel.spec.dtype, parcel.shape.embed_dim) == (3, "float32", 4)
+    assert {i: row.n_frames for i, (row,) in parcel.rows.items()} == {"a": 3, "b": 2}
+    assert {row.decoder for (row,) in parcel.rows.values()} == {"imported"}
+    np.testing.assert_array_equal(parcel.read("b", 0)["embedding"], frames(2, 4, value=2))
+    assert np.isnan(parcel.read("b", 0)["timestamps_s"]).tolist() == [True, True]
+    assert (parcel.spec.frames.describe(), parcel.spec.dtype, parcel.shape.embed_dim) == ("as imported", "float32", 4)
 
 
 def test_a_video_of_one_frame(read) -> None:
     parcel = read({"c/a": frames(4), "c/b": frames(4)})
-    assert parcel.read("c/a")["embedding"].shape == (1, 4)
+    assert parcel.read("c/a", 0)["embedding"].shape == (1, 4)
 
 
 def test_videos_in_class_groups(read) -> None:
@@ -62,6 +62,13 @@ def test_a_group_a_video(read) -> None:
         read(arrays, dataset="flwo")
 
 
+def test_names_that_repeat_in_every_class_are_videos_where_the_manifest_says_so(read, toy) -> None:
+    arrays = {f"{c}/{i}": frames(2, 4) for c in ("wave", "clap") for i in (1, 2)}
+    with pytest.raises(ConfigError, match=r"several arrays; found 1, 2\. .*or \. if each is a video"):
+        read(arrays)
+    assert read(arrays, given=toy.manifest(arrays)).ok == sorted(arrays)
+
+
 def test_a_group_that_holds_other_arrays_too(read) -> None:
     arrays = {"v1/features": frames(9, 4), "v1/gtscore": frames(9), "v1/picks": np.arange(9),
               "v2/features": frames(5, 4), "v2/gtscore": frames(5), "v2/picks": np.arange(5)}  # fmt: skip
@@ -74,7 +81,7 @@ def test_a_group_that_holds_other_arrays_too(read) -> None:
 def test_all_videos_in_one_array(read, shape: tuple[int, ...]) -> None:
     bank = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     parcel = read({"x": bank, "ids": np.array(["c", "a", "b"]), "title": np.array(["1", "2", "3"])})
-    np.testing.assert_array_equal(parcel.read("a")["embedding"], bank[1].reshape(-1, 4))
+    np.testing.assert_array_equal(parcel.read("a", 0)["embedding"], bank[1].reshape(-1, 4))
     assert "features from x, ids from ids" in read.notes
     parcel = read({"x": bank, "number": np.array([7, 5, 6]), "note": np.array(["r", "r", "s"])}, ids="number")
     assert parcel.ok == ["5", "6", "7"]
@@ -107,7 +114,7 @@ def test_ids_that_cannot_be_are_refused(read) -> None:
 def test_tokens(read) -> None:
     parcel = read({"x": frames(2, 3, 5, 6), "ids": np.array(["a", "b"])}, feature="tokens.12")
     assert (parcel.features, parcel.shape.grid, parcel.shape.width) == (("tokens.12",), (2, 2), 6)
-    assert parcel.read("b")["tokens.12"].shape == (3, 5, 6)
+    assert parcel.read("b", 0)["tokens.12"].shape == (3, 5, 6)
     assert read({"a": frames(3, 7, 6), "b": frames(1, 7, 6)}, feature="tokens.3").shape.grid == (1, 6)
     with pytest.raises(ConfigError, match="without a class token; found 4"):
         read({"a": frames(3, 4, 6)}, feature="tokens.3")
@@ -152,17 +159,17 @@ def test_arrays_that_are_no_features(read, arrays, words: str) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite(read, bad: float) -> None:
     parcel = read({"a": frames(2, 4), "b": np.array([[0, bad]], np.float32).repeat(2, 1)})
-    parcel.read("a")
+    parcel.read("a", 0)
     with pytest.raises(ConfigError, match="'b' has numbers that are not finite"):
-        parcel.read("b")
+        parcel.read("b", 0)
 
 
 def test_numbers_are_stored_as_they_are_or_as_asked(read) -> None:
     for given, stored in (("float16", "float16"), (">f4", "float32"), ("float64", "float32")):
         assert read({"a": frames(2, 4, dtype=given)}).spec.dtype == stored
-    assert read({"a": frames(2, 4)}, dtype="bfloat16").read("a")["embedding"].dtype == np.float32
+    assert read({"a": frames(2, 4)}, dtype="bfloat16").read("a", 0)["embedding"].dtype == np.float32
     with pytest.raises(ConfigError, match="'a' has numbers that float16 cannot hold"):
-        read({"a": frames(2, 4, value=1e5)}, dtype="float16").read("a")
+        read({"a": frames(2, 4, value=1e5)}, dtype="float16").read("a", 0)
     with pytest.raises(UnknownName, match="dtype"):
         read({"a": frames(2, 4)}, dtype="int8")
 

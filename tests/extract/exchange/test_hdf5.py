@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from coldframe.data_manifests.errors import ConfigError
-from coldframe.extract import hdf5
 from coldframe.extract.arrays import StoreError
-from coldframe.extract.exchange import export_store, import_features
+from coldframe.extract.exchange import export_store, hdf5, import_features
 from coldframe.extract.specs import FeatureSpec
 from coldframe.extract.store import FeatureStore
 

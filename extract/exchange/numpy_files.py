@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data_manifests.errors import ConfigError
-from .arrays import StoreError
-from .catalogue import HEADER, SHARDS
+from ...data_manifests.errors import ConfigError
+from ..arrays import StoreError
+from ..catalogue import HEADER, SHARDS
 from .parcels import Leaf
 
 _BROKEN = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # what NumPy says of a bad file

@@ -3,9 +3,10 @@
     FILE.h5             attributes: spec, shape, features, class_names, manifest … as JSON or text
       class/clip.avi/   a group a video, named by its id; attributes: its record and its row
         embedding       [T, E], as it lies in the store; bfloat16 as its bits in uint16, with the attribute dtype
+        tokens.12       [T, 1+N, D]; if int8, to be multiplied by scale.12 [T, 1+N]
         timestamps_s    [T]
 
-Views after a video's first are named embedding@1, timestamps_s@1 and so on.
+Views after a video's first are named embedding@1, timestamps_s@1 and so on; the latter has the row's attributes.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data_manifests.errors import ColdframeError, ConfigError
-from ..data_manifests.records import Manifest, VideoRecord, listed
-from .arrays import StoreError, checksum
-from .catalogue import TIMES
+from ...data_manifests.errors import ColdframeError, ConfigError
+from ...data_manifests.records import Manifest, VideoRecord, listed
+from ..arrays import StoreError, checksum
+from ..catalogue import TIMES
+from ..progress import Progress
+from ..shards import VideoRow
+from ..specs import FeatureSpec, TowerShape
 from .parcels import Leaf, Parcel, array_name, path_of
-from .progress import Progress
-from .shards import VideoRow
-from .specs import FeatureSpec, TowerShape
 
+SUFFIXES = (".h5", ".hdf5")
 EXPORT_VERSION = 1
 _MARK = "coldframe_export"
 _ROW = tuple(field.name for field in dataclasses.fields(VideoRow) if field.name not in ("video_id", "crc32c"))
@@ -73,9 +75,9 @@ def write(path: Path, parcel: Parcel, progress: Progress) -> None:
             group.attrs["record"] = number
             for name, value in _facts(record, manifest).items():
                 group.attrs[name] = value
-            if row := parcel.rows.get(record.video_id):
-                _write_row(group, row, parcel)
-                progress.update()
+            for row in parcel.rows.get(record.video_id, ()):
+                _write_view(group, row, parcel)
+            progress.update(record.video_id in parcel.rows)
 
 
 def read(file: h5py.File) -> Parcel:
@@ -101,16 +103,16 @@ def read(file: h5py.File) -> Parcel:
         places = {group.attrs["video_id"]: group.name for group in groups}
         records = tuple(_record(group.attrs, class_names) for group in groups)
         manifest = Manifest(attrs["manifest_name"], attrs["manifest_root"], class_names, records)
-        rows = {row.video_id: row for row in (_row(group.attrs) for group in groups if "status" in group.attrs)}
+        rows = {group.attrs["video_id"]: found for group in groups if (found := _rows(group))}
         shape = TowerShape(**shape | {"grid": tuple(shape["grid"])})
 
-    def arrays(video_id: str) -> dict[str, NDArray]:
+    def arrays(video_id: str, view: int) -> dict[str, NDArray]:
         with _speaking_for(file.filename):
             group: Any = file[places[video_id]]
-            view = int(group.attrs["view"])
-            return {name: _sound(group[array_name(name, view)]) for name in (*features, TIMES)}
+            return {name: _sound(group[array_name(name, view)]) for name in parcel.arrays}
 
-    return Parcel(spec, shape, features, manifest, rows, arrays)
+    parcel = Parcel(spec, shape, features, manifest, rows, arrays)
+    return parcel
 
 
 def leaves(file: h5py.File) -> dict[str, Leaf]:
@@ -164,12 +166,12 @@ def _speaking_for(path: Path | str, done: str = "read") -> Iterator[None]:
 
 def _refuse_collisions(parcel: Parcel) -> None:
     """Refuse ids of which one continues another where an array of that lies."""
-    paths, arrays = {path_of(video_id): video_id for video_id in parcel.manifest.ids}, {*parcel.features, TIMES}
+    paths = {path_of(video_id): video_id for video_id in parcel.manifest.ids}
     for path, video_id in paths.items():
         parts = path.split("/")
         for at, part in enumerate(parts[1:], start=1):
             other = paths.get("/".join(parts[:at]))
-            if other is not None and part.partition("@")[0] in arrays:
+            if other is not None and part.partition("@")[0] in parcel.arrays:
                 raise ConfigError(
                     f"video {video_id!r} would lie where {other!r} has its {part}",
                     fix="Export to a folder or a .tar, or rename one of them in a manifest and extract again.",
@@ -199,26 +201,23 @@ def _record(attrs: Mapping[str, Any], class_names: tuple[str, ...]) -> VideoReco
     )
 
 
-def _write_row(group: h5py.Group, row: VideoRow, parcel: Parcel) -> None:
-    for name in _ROW:
-        group.attrs[name] = getattr(row, name)
-    if not row.is_ok:
-        return
-    for name, array in parcel.read(row.video_id).items():
-        total = checksum(array)
-        if row.crc32c.get(name, total) != total:
-            raise StoreError(
-                f"{name} of video {row.video_id!r} is damaged in the store",
-                fix="See `coldframe verify STORE`, and extract again what it lists.",
-            )
+def _write_view(group: h5py.Group, row: VideoRow, parcel: Parcel) -> None:
+    for name, array in parcel.read(row.video_id, row.view).items() if row.is_ok else ():
         dataset = group.create_dataset(array_name(name, row.view), data=array)
-        dataset.attrs["dtype"], dataset.attrs["crc32c"] = parcel.dtype(name), total
+        dataset.attrs["crc32c"] = checksum(array)
+        if array.dtype == np.uint16:
+            dataset.attrs["dtype"] = "bfloat16"
+    attrs = group[array_name(TIMES, row.view)].attrs if row.view else group.attrs
+    for name in _ROW:
+        attrs[name] = getattr(row, name)
 
 
-def _row(attrs: Mapping[str, Any]) -> VideoRow:
-    values = {name: attrs[name] for name in _ROW}
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-    return VideoRow(attrs["video_id"], **plain)
+def _rows(group: Any) -> list[VideoRow]:
+    """The rows of a video, by view; none of one that was never extracted."""
+    later = [group[name] for name in group if name.startswith(f"{TIMES}@")]
+    found = [{name: item.attrs[name] for name in _ROW} for item in (group, *later) if "status" in item.attrs]
+    plain = [{name: v.item() if isinstance(v, np.generic) else v for name, v in facts.items()} for facts in found]
+    return sorted((VideoRow(group.attrs["video_id"], **facts) for facts in plain), key=lambda row: row.view)
 
 
 def _groups(file: h5py.File) -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from coldframe.data_manifests.errors import ConfigError
 from coldframe.extract.arrays import StoreError
-from coldframe.extract.numpy_files import leaves
+from coldframe.extract.exchange.numpy_files import leaves
 
 
 def test_a_folder_of_both_kinds(tmp_path: Path) -> None:

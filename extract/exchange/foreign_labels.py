@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data_manifests.errors import ConfigError, UnknownName
-from ..data_manifests.folder import SPLIT_FOLDERS
-from ..data_manifests.records import Manifest, VideoRecord, absolute_root, listed
+from ...data_manifests.errors import ConfigError, UnknownName
+from ...data_manifests.folder import SPLIT_FOLDERS
+from ...data_manifests.records import Manifest, VideoRecord, absolute_root, listed
+from ...data_manifests.splits import draw_splits
 from .parcels import Leaf
 
 _LABELS, _CLASSES = ("labels", "label", "y", "targets"), ("classes", "class_names")
@@ -31,6 +32,7 @@ class Reading:
     model: str | None = None  # the tower that made them
     pretrained: str | None = None
     dtype: str | None = None
+    test_fraction: float | None = None  # drawn for testing, where the file has no splits; groups stay whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,25 @@ def manifest_of(
     group_key, groups = _facts(leaves, videos, reading.group, ())
     if groups is not None:
         notes.append(f"groups from {group_key}")
-    if not any(splits.values()):
-        notes.append("no splits: give --manifest FILE")
     records = tuple(
         VideoRecord(video_id, video_id, labels[i], splits[video_id], "" if groups is None else str(groups[i]))
         for i, video_id in enumerate(videos.clips)
     )
     manifest = Manifest(source.stem, absolute_root(source if source.is_dir() else source.parent), class_names, records)
-    return manifest.check(allow_empty_classes=True), tuple(notes)
+    manifest.check(allow_empty_classes=True)
+    if reading.test_fraction is not None:
+        if any(splits.values()) or not class_names:
+            raise ConfigError(
+                "a test split is drawn from labelled videos without splits",
+                seen="splits from folders" if class_names else "no labels",
+                fix="Leave out --test-fraction.",
+            )
+        manifest = draw_splits(manifest, reading.test_fraction, 0.0)
+        n_test = sum(record.split == "test" for record in manifest.records)
+        notes.append(f"{n_test:,} videos drawn for testing{', whole groups' if groups else ''}")
+    elif not any(splits.values()):
+        notes.append("no splits: give --manifest FILE or --test-fraction 0.2")
+    return manifest, tuple(notes)
 
 
 def _facts(
