@@ -134,7 +134,7 @@ def test_videos_that_were_never_extracted_stay_to_be_done(toy, tmp_path: Path) -
 def test_an_import_goes_on_where_it_was_interrupted(toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = toy.write(IDS, ["embedding"])
     export_store(store, tmp_path / "f.h5", quiet=True)
-    monkeypatch.setattr("coldframe.extract.writer._SHARD_VIDEOS", 2)
+    monkeypatch.setattr("coldframe.extract.writer.SHARD_VIDEOS", 2)
     real, seen = imports._hand_over, []
 
     def stop_at_the_fourth(shard, parcel, rows) -> None:
