@@ -218,6 +218,15 @@ def test_compact_folds_and_loses_nothing(toy) -> None:
         upkeep.compact(toy.path, quiet=True)
 
 
+def test_compact_leaves_full_shards_alone(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "SHARD_VIDEOS", 10)
+    toy.write(IDS, ["embedding"], per_shard=5)
+    toy.write(IDS, ["tokens.2"], per_shard=5)
+    before = committed(toy.path / "shards")
+    assert upkeep.compact(toy.path, quiet=True) == (4, 4)
+    assert committed(toy.path / "shards") == before
+
+
 def test_compact_passes_no_damage_on(toy) -> None:
     store = toy.write(IDS, ["embedding"], per_shard=1)
     for file in [path for path in files_of(store.path) if path.as_posix().endswith("embedding/c.0.0")][:1]:
