@@ -204,7 +204,7 @@ def probe(
     timestamps_s = np.arange(n_frames) / rate_fps
     chosen = _choose(timestamps_s, frames, key, start_s, end_s, views, options)
     return DecodedVideo(
-        rows=chosen.rows,
+        rows=np.full_like(chosen.frames, -1),  # no crops
         timestamps_s=timestamps_s[chosen.frames],
         indices=chosen.frames,
         n_source_frames=n_frames,

@@ -683,7 +683,7 @@ def _attempt(decode: Decode, task: _Task, transform: TransformSpec, sink: _Parts
         video = decode(job.path, task.frames, transform, sink, **where, options=task.options)
         sink.flush()
         n_wanted = int(video.rows.max(initial=-1)) + 1
-        if 0 < sink.n_crops == n_wanted:
+        if video.rows.size and sink.n_crops == n_wanted:
             return replace(video, seconds=time.monotonic() - began - sink.waited_s)
         reason, is_final = f"decoder gave {sink.n_crops} of {n_wanted} crops", True
     except DecodeError as error:
