@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -20,12 +21,30 @@ from PIL import Image
 
 from coldframe.data_manifests.errors import ColdframeError
 from coldframe.extract import frames as frames_file
-from coldframe.extract.frames import DecodeError, decode, resize_and_crop, segment_centres, write_video
+from coldframe.extract.crops import resize_and_crop
+from coldframe.extract.frames import Crops, DecodedVideo, DecodeError, DecodeOptions, decode, write_video
+from coldframe.extract.sampling import segment_centres
 from coldframe.extract.specs import FrameSpec, TransformSpec
 
 N = 90  # frames of a toy video
 ZEROS, ONES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 SQUASH = TransformSpec(96, ZEROS, ONES, "bilinear", "squash")
+
+
+def read(path: Path, frames: FrameSpec, transform: TransformSpec = SQUASH, view: int = 0, **rest: Any) -> Any:
+    """One view of a video: pixels [T, 3, S, S], and what `decode` says of it."""
+    sink = Crops()
+    video = decode(path, frames, transform, sink, **rest)
+    assert len(sink) == video.rows.max() + 1
+    of_view = {name: getattr(video, name)[view] for name in ("rows", "timestamps_s", "indices", "n_repeated")}
+    names = ("n_source_frames", "decoder", "content_sha256", "source_bytes", "kept")
+    same = {name: getattr(video, name) for name in names}
+    return SimpleNamespace(pixels=np.stack(sink)[of_view["rows"]], **of_view, **same)
+
+
+def numbers(video: Any) -> list[int]:
+    """What is drawn in the pictures."""
+    return [read_number(crop) for crop in video.pixels]
 
 
 def numbered(number: int, width: int = 96, height: int = 64) -> np.ndarray:
@@ -107,10 +126,10 @@ def test_frames_are_those_asked_for(videos: Path, name: str, decoder: str) -> No
     n_source, is_exact = KINDS[name].get("n", N), KINDS[name].get("exact", False)
     if decoder == "decord" and not is_exact:
         with pytest.raises(DecodeError, match="decord is not exact"):
-            decode(videos / name, FrameSpec(8, decoder="decord"), SQUASH)
+            read(videos / name, FrameSpec(8, decoder="decord"), SQUASH)
         return
     for n_frames in (1, 3, 8, 25):
-        video = decode(videos / name, FrameSpec(n_frames, decoder=decoder), SQUASH)
+        video = read(videos / name, FrameSpec(n_frames, decoder=decoder), SQUASH)
         assert [read_number(crop) for crop in video.pixels] == segment_centres(n_source, n_frames).tolist()
         assert video.indices.tolist() == segment_centres(n_source, n_frames).tolist()
         assert video.n_source_frames == n_source
@@ -125,17 +144,17 @@ def test_frames_are_those_asked_for(videos: Path, name: str, decoder: str) -> No
 def test_a_segment_holds_the_frames_of_its_time(videos: Path, name: str, decoder: str) -> None:
     times = np.array(TICKS) / 1000 if "ticks" in KINDS[name] else np.arange(N) / 25
     inside = np.flatnonzero((times >= 1.0) & (times < 1.8))
-    video = decode(videos / name, FrameSpec(4, decoder=decoder), SQUASH, start_s=1.0, end_s=1.8)
+    video = read(videos / name, FrameSpec(4, decoder=decoder), SQUASH, start_s=1.0, end_s=1.8)
     wanted = inside[segment_centres(len(inside), 4)].tolist()
     assert [read_number(crop) for crop in video.pixels] == wanted
-    assert decode(videos / name, FrameSpec(200), SQUASH, start_s=1.0).indices[0] == inside[0]
-    assert decode(videos / name, FrameSpec(200), SQUASH, end_s=1.8).indices[-1] == inside[-1]
+    assert read(videos / name, FrameSpec(200), SQUASH, start_s=1.0).indices[0] == inside[0]
+    assert read(videos / name, FrameSpec(200), SQUASH, end_s=1.8).indices[-1] == inside[-1]
     with pytest.raises(DecodeError, match="no frames in the segment"):
-        decode(videos / name, FrameSpec(4, decoder=decoder), SQUASH, start_s=900.0)
+        read(videos / name, FrameSpec(4, decoder=decoder), SQUASH, start_s=900.0)
 
 
 def test_pixels_are_contiguous_bytes_and_the_file_is_known_by_its_hash(videos: Path) -> None:
-    video = decode(videos / "b_frames.mkv", FrameSpec(3), SQUASH)
+    video = read(videos / "b_frames.mkv", FrameSpec(3), SQUASH)
     assert video.pixels.shape == (3, 3, 96, 96)
     assert video.pixels.dtype == np.uint8
     assert video.pixels.flags.c_contiguous
@@ -144,13 +163,13 @@ def test_pixels_are_contiguous_bytes_and_the_file_is_known_by_its_hash(videos: P
 
 def test_both_decoders_give_the_same_bits(videos: Path) -> None:
     for name in (name for name, how in KINDS.items() if how.get("exact")):
-        ours = [decode(videos / name, FrameSpec(5, decoder=decoder), SQUASH).pixels for decoder in ("decord", "pyav")]
+        ours = [read(videos / name, FrameSpec(5, decoder=decoder), SQUASH).pixels for decoder in ("decord", "pyav")]
         np.testing.assert_array_equal(*ours, err_msg=name)
 
 
 def test_decord_reads_large_videos_in_batches(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames_file, "_BATCH_BYTES", 3 * 3 * 96 * 64)  # three pictures
-    video = decode(videos / "b_frames_short_gop.mp4", FrameSpec(25, decoder="decord"), SQUASH)
+    video = read(videos / "b_frames_short_gop.mp4", FrameSpec(25, decoder="decord"), SQUASH)
     assert [read_number(crop) for crop in video.pixels] == segment_centres(N, 25).tolist()
 
 
@@ -158,16 +177,16 @@ def test_auto_turns_to_pyav_where_decord_refuses_or_repeats_a_picture(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_video(tmp_path / "still.mp4", [numbered(5)] * 20, fps=10)
-    assert decode(tmp_path / "still.mp4", FrameSpec(4), SQUASH).decoder == "pyav"
-    assert decode(tmp_path / "still.mp4", FrameSpec(4, decoder="decord"), SQUASH).decoder == "decord"
+    assert read(tmp_path / "still.mp4", FrameSpec(4), SQUASH).decoder == "pyav"
+    assert read(tmp_path / "still.mp4", FrameSpec(4, decoder="decord"), SQUASH).decoder == "decord"
 
     def refuse(*_: object) -> None:
         raise DecodeError("decord miscounts")
 
     monkeypatch.setattr(frames_file, "_trust", refuse)
-    assert decode(videos / "b_frames.mkv", FrameSpec(4), SQUASH).decoder == "pyav"
+    assert read(videos / "b_frames.mkv", FrameSpec(4), SQUASH).decoder == "pyav"
     with pytest.raises(DecodeError, match="miscounts"):
-        decode(videos / "b_frames.mkv", FrameSpec(4, decoder="decord"), SQUASH)
+        read(videos / "b_frames.mkv", FrameSpec(4, decoder="decord"), SQUASH)
 
 
 def test_pyav_recounts_where_packets_promise_other_frames_than_come(
@@ -176,7 +195,7 @@ def test_pyav_recounts_where_packets_promise_other_frames_than_come(
     source = frames_file._inspect(str(videos / "b_frames.avi"))
     promised = frames_file.Source(source.path, 0, np.arange(N + 3) / 25, 25.0, 1, "")
     monkeypatch.setattr(frames_file, "_inspect", lambda _: promised)
-    video = decode(videos / "b_frames.avi", FrameSpec(8, decoder="pyav"), SQUASH)
+    video = read(videos / "b_frames.avi", FrameSpec(8, decoder="pyav"), SQUASH)
     assert [read_number(crop) for crop in video.pixels] == segment_centres(N, 8).tolist()
     assert video.n_source_frames == N
 
@@ -184,7 +203,7 @@ def test_pyav_recounts_where_packets_promise_other_frames_than_come(
 def test_pyav_never_holds_the_full_size_video(tmp_path: Path) -> None:
     write_video(tmp_path / "big.mp4", (numbered(i, 640, 480) for i in range(40)), fps=25)
     tracemalloc.start()
-    decode(tmp_path / "big.mp4", FrameSpec(32, decoder="pyav"), SQUASH)
+    read(tmp_path / "big.mp4", FrameSpec(32, decoder="pyav"), SQUASH)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 32 * 3 * 96 * 96 * 3 + 5 * 3 * 640 * 480
@@ -260,7 +279,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_is_no_whole_video_is_refused_with_a_reason(broken: Path, name: str, reason: str, decoder: str) -> None:
     with pytest.raises(DecodeError) as caught:
-        decode(broken / name, FrameSpec(4, decoder=decoder), SQUASH)
+        read(broken / name, FrameSpec(4, decoder=decoder), SQUASH)
     assert caught.value.reason.startswith(reason)
     assert "\n" not in caught.value.reason
     assert isinstance(caught.value, ColdframeError)
@@ -271,7 +290,7 @@ def test_decoders_are_silent(broken: Path, capfd: pytest.CaptureFixture[str]) ->
     for name in ("hole.mp4", "noise.mp4", "cut_index_first.mp4", "whole.mp4"):
         for decoder in ("auto", "decord", "pyav"):
             with suppress(DecodeError):
-                decode(broken / name, FrameSpec(4, decoder=decoder), SQUASH)
+                read(broken / name, FrameSpec(4, decoder=decoder), SQUASH)
     assert capfd.readouterr() == ("", "")
 
 
@@ -284,75 +303,7 @@ def test_a_tag_in_another_alphabet_is_no_obstacle(tmp_path: Path) -> None:
         container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(7), format="rgb24")))
         container.mux(stream.encode())
     path.write_bytes(path.read_bytes().replace(b"XXXX", b"\xe9t\xe9!"))
-    assert read_number(decode(path, FrameSpec(1), SQUASH).pixels[0]) == 7
-
-
-# ------------------------------------------------------------------------------------------- sampling and transform
-
-
-@pytest.mark.parametrize(
-    ("n_source", "n_frames", "expected"),
-    [
-        (10, 5, [1, 3, 5, 7, 9]),
-        (100, 3, [16, 50, 83]),
-        (8, 8, list(range(8))),
-        (9, 8, [0, 1, 2, 3, 5, 6, 7, 8]),
-        (3, 8, [0, 1, 2, 2, 2, 2, 2, 2]),
-        (1, 2, [0, 0]),
-        (7, 1, [3]),
-    ],
-)
-def test_segment_centres_by_hand(n_source: int, n_frames: int, expected: list[int]) -> None:
-    centres = segment_centres(n_source, n_frames)
-    assert centres.dtype == np.int64
-    assert centres.tolist() == expected
-
-
-def test_segment_centres_are_those_of_tsn() -> None:
-    for n_source, n_frames in itertools.product(range(16, 400, 7), (1, 3, 8, 16)):
-        tick = n_source / n_frames
-        assert segment_centres(n_source, n_frames).tolist() == [int(tick / 2 + tick * part) for part in range(n_frames)]
-
-
-def open_clip_crop(rgb: np.ndarray, transform: TransformSpec) -> np.ndarray:
-    """What open_clip makes of a picture, as the bytes that its ToTensor divided by 255."""
-    import open_clip.transform
-
-    theirs: Any = open_clip.transform.image_transform(
-        transform.size_px,
-        is_train=False,
-        mean=ZEROS,
-        std=ONES,
-        resize_mode=transform.resize_mode,
-        interpolation=transform.interpolation,
-        fill_color=transform.fill_color,
-    )
-    return (theirs(Image.fromarray(rgb)) * 255).round().byte().numpy()
-
-
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize(("mode", "fill"), [("shortest", 0), ("longest", 0), ("longest", 114), ("squash", 0)])
-def test_the_transform_is_that_of_open_clip(mode: str, fill: int, interpolation: str) -> None:
-    rng = np.random.default_rng(0)
-    sizes = [(320, 240), (240, 321), (427, 239), (65, 49), (31, 200), (64, 64), (33, 32), (7, 5), (301, 50)]
-    for side, (width, height) in [*itertools.product((32, 65), sizes), (224, (340, 256)), (336, (64, 49))]:
-        rgb = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        transform = TransformSpec(side, ZEROS, ONES, interpolation, mode, fill)
-        ours = resize_and_crop(rgb, transform)
-        assert ours.flags.c_contiguous
-        np.testing.assert_array_equal(ours, open_clip_crop(rgb, transform), err_msg=f"{side} of {width}x{height}")
-
-
-def test_the_transform_is_that_of_open_clip_on_a_real_frame(shared: Path) -> None:
-    path = shared / "data" / "videos" / "singles" / "tai_chi" / "st-gcn_ta_chi.mp4"
-    if not path.is_file():
-        pytest.skip(f"no {path}")
-    transform = TransformSpec(224, ZEROS, ONES)
-    video = decode(path, FrameSpec(1), transform)
-    with av.open(str(path)) as container:
-        pictures = itertools.islice(container.decode(video=0), int(video.indices[0]), None)
-        rgb = next(pictures).to_ndarray(format="rgb24")
-    np.testing.assert_array_equal(video.pixels[0], open_clip_crop(rgb, transform))
+    assert read_number(read(path, FrameSpec(1), SQUASH).pixels[0]) == 7
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -369,8 +320,8 @@ def test_a_video_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == []
     write_video(path, [numbered(i) for i in range(6)], fps=10, options={"crf": "10"})
     first = path.read_bytes()
-    assert [read_number(crop) for crop in decode(path, FrameSpec(6), SQUASH).pixels] == list(range(6))
-    assert decode(path, FrameSpec(6), SQUASH).timestamps_s.tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert [read_number(crop) for crop in read(path, FrameSpec(6), SQUASH).pixels] == list(range(6))
+    assert read(path, FrameSpec(6), SQUASH).timestamps_s.tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     write_video(path, np.stack([numbered(i) for i in range(6)]), fps=10, options={"crf": "10"})
     assert path.read_bytes() == first
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
@@ -402,7 +353,7 @@ def test_real_files(shared: Path, name: str) -> None:
         pytest.skip(f"no {path}")
     n_source, decoder = REAL[name]
     transform = TransformSpec(64, ZEROS, ONES)
-    video = decode(path, FrameSpec(8), transform)
+    video = read(path, FrameSpec(8), transform)
     assert (video.n_source_frames, video.decoder) == (n_source, decoder)
 
     # The packets' promise is kept, so that one pass is enough: HMDB51's have a placeholder too many.
@@ -419,4 +370,4 @@ def test_what_is_not_a_regular_file_is_never_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     for path in (tmp_path / "pipe.mp4", tmp_path, Path("/dev/zero")):
         with pytest.raises(DecodeError, match=r"^not a regular file$"):
-            decode(path, FrameSpec(), SQUASH)
+            read(path, FrameSpec(), SQUASH)
