@@ -222,6 +222,7 @@ class Picked(NamedTuple):
 
 
 Choose = Callable[[Times], Views]
+_Log = list[tuple[int, str, str]]  # of FFmpeg: level, component, text
 
 
 class Decoder(Protocol):
@@ -290,7 +291,7 @@ def _by_decord(
         import decord  # here, since it breaks a later import of torch in the same process (decord #293)
     except (ImportError, OSError, RuntimeError) as error:
         raise _NotByDecord("decord is not installed: there is no wheel for this machine") from error
-    decord.logging.set_level(decord.logging.ERROR)
+    decord.logging.set_level(decord.logging.INFO)
 
     last: Picture | None = None
     try:
@@ -338,7 +339,7 @@ def _by_torchcodec(source: Source, choose: Choose, crop: Crop, sink: Sink, optio
         raise DecodeError(f"torchcodec is not exact {source.seek_flaw}: use the decoder auto or pyav")
     views = choose(source.timestamps_s)
     crops_of = _crops_of(views)
-    os.environ["TORCHCODEC_FFMPEG_LOG_LEVEL"] = "ERROR"  # damage is told there alone
+    os.environ["TORCHCODEC_FFMPEG_LOG_LEVEL"] = "INFO"  # damage is told there alone
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, OSError, RuntimeError) as error:
@@ -475,7 +476,8 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
         stream.codec_context.options = _STRICT
         complaints.clear()  # reading will repeat them
         for packet in _packets(container.demux(stream)):
-            is_damaged |= bool(complaints and packet.size)  # after the last packet comes what is no part of the video
+            if (sign := _sign(complaints)) and packet.size:  # after the last packet comes what is no part of the video
+                damage, is_damaged = damage or sign, True
             if is_damaged and packet.pts is not None and _begins_anew(packet, stream.codec_context):
                 is_damaged, first_sound = False, packet.pts
             frames, sign = _decoded(packet, complaints)
@@ -502,22 +504,16 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
     return Seen(numbers, times_s, damage)
 
 
-def _decoded(packet: av.Packet, complaints: list[tuple[int, str, str]]) -> tuple[list[av.VideoFrame], str]:
-    """The frames that come with a packet, and a sign of damage, or none."""
+def _decoded(packet: av.Packet, complaints: _Log) -> tuple[list[av.VideoFrame], str]:
+    """The frames that come with a packet, and a sign of damage, or nothing."""
     frames: list[av.VideoFrame] = []
-    sign = "the container marks a packet" if packet.is_corrupt else ""
-    if packet.size == 0:
-        complaints.clear()
+    error = ""
     try:
         frames = packet.decode()
-    except av.FFmpegError as error:
-        sign = str(error.strerror)
-    if any(frame.is_corrupt for frame in frames):
-        sign = "the decoder marks a picture"
-    if complaints:
-        sign = _message(complaints[0][2])
-        complaints.clear()
-    return frames, sign
+    except av.FFmpegError as raised:
+        error = str(raised.strerror)
+    is_marked = packet.is_corrupt or any(frame.is_corrupt for frame in frames)
+    return frames, _sign(complaints) or error or ("a picture is marked as corrupt" if is_marked else "")
 
 
 def _begins_anew(packet: av.Packet, codec: av.VideoCodecContext) -> bool:
@@ -547,6 +543,8 @@ def _inspect(path: str) -> Source:
         stream = container.streams.best("video")
         if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
             raise DecodeError("no video stream")
+        if not stream.codec_context:  # typed otherwise
+            raise DecodeError("no decoder for this kind of video")
 
         codec = stream.codec_context
         rate_fps = float(stream.average_rate or stream.guessed_rate or 25)
@@ -561,11 +559,10 @@ def _inspect(path: str) -> Source:
                 n_packets += 1
                 if packet.is_keyframe and codec.name == "h264":
                     gops_are_closed &= _is_idr(bytes(packet), codec.extradata)
-                if said := [text for _, name, text in complaints if name == container.format.name]:
-                    hole = hole or _message(said[0])
+                if sign := _sign(complaints, container.format.name):
+                    hole = hole or sign
                     if shown and shown[-1] is not None and packet.pts is not None:
                         lost_s += max(float((packet.pts - shown[-1]) * packet.time_base) - 1 / rate_fps, 0.0)
-                complaints.clear()
                 if not packet.is_discard and not _is_hidden(packet, codec):  # an edit list discards packets
                     shown.append(packet.pts)
 
@@ -647,15 +644,28 @@ def _packets(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
 
 
 @contextmanager
-def _complaints() -> Iterator[list[tuple[int, str, str]]]:
-    """Gather FFmpeg's errors in this thread, (level, component, text): it goes on where it can, and tells here alone."""
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.ERROR)
+def _complaints() -> Iterator[_Log]:
+    """Listen to FFmpeg's log in this thread: it goes on where it can, and tells of damage there alone."""
+    before = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.INFO)
+    av.logging.set_skip_repeated(False)
     try:
         with av.logging.Capture() as complaints:
             yield complaints
     finally:
-        av.logging.set_level(level)
+        av.logging.set_level(before[0])
+        av.logging.set_skip_repeated(before[1])
+
+
+def _sign(complaints: _Log, component: str = "") -> str:
+    """Take what was heard, and give the first that tells of damage, or nothing; to conceal is no error to FFmpeg."""
+    signs = [
+        _message(text)
+        for level, name, text in complaints
+        if name.startswith(component) and (level <= av.logging.ERROR or text.startswith("concealing"))
+    ]
+    complaints.clear()
+    return signs[0] if signs else ""
 
 
 def _clock(times: ArrayLike, rate_fps: float) -> Times:

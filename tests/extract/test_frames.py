@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -108,6 +109,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "b_frames.avi": {"codec": "libx264", "options": SHORT_GOP},
     "mpeg4.mp4": {"codec": "mpeg4", "options": {"g": "12", "bf": "2", "b": "1M"}},
     "broadcast.ts": {"codec": "libx264", "options": SHORT_GOP},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
+    "open_gop_hevc.mp4": {"codec": "libx265", "options": {"x265-params": "keyint=12:bframes=3:pools=1:log-level=none"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "13", "svtav1-params": "lp=1:keyint=24"}},
     "animation.gif": {"codec": "gif", "options": {}, "pix_fmt": "gray"},
 }  # fmt: skip
 
@@ -181,7 +185,7 @@ def test_auto_turns_to_pyav_where_decord_refuses_or_repeats_a_picture(
     assert read(tmp_path / "still.mp4", FrameSpec(4, decoder="decord"), SQUASH).decoder == "decord"
 
     def refuse(*_: object) -> None:
-        raise DecodeError("decord miscounts")
+        raise frames_file._NotByDecord("decord miscounts")
 
     monkeypatch.setattr(frames_file, "_trust", refuse)
     assert read(videos / "b_frames.mkv", FrameSpec(4), SQUASH).decoder == "pyav"
@@ -193,7 +197,7 @@ def test_pyav_recounts_where_packets_promise_other_frames_than_come(
     videos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = frames_file._inspect(str(videos / "b_frames.avi"))
-    promised = frames_file.Source(source.path, 0, np.arange(N + 3) / 25, 25.0, 1, "")
+    promised = dataclasses.replace(source, timestamps_s=np.arange(N + 3) / 25)
     monkeypatch.setattr(frames_file, "_inspect", lambda _: promised)
     video = read(videos / "b_frames.avi", FrameSpec(8, decoder="pyav"), SQUASH)
     assert [read_number(crop) for crop in video.pixels] == segment_centres(N, 8).tolist()
