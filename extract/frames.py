@@ -17,7 +17,7 @@ PyAV when it refuses, complains or shows one picture twice. torchcodec is asked 
 Damage. FFmpeg conceals it: a picture made of its neighbours looks sound. Most of it is told by what FFmpeg writes to its
 log, by flags of pictures and packets, and by errors, of which 453 sound files raised none. A picture is taken to be
 damaged from the first sign on, up to the next key frame that needs nothing before it; it counts as missing, and keeps its
-number. No sign is given where any bits are a picture (the payload of VP8, VP9, and mostly of HEVC and MJPEG).
+number. No sign is given where any bits are a picture (the payload of VP8, and mostly of HEVC and MJPEG).
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ _STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}  # a decoder may f
 _TIMED_BY_HEADER = {"matroska,webm", "flv"}  # containers that promise a duration, not a count
 _DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _UNTIMED = {"avi"}  # containers that count packets: a lost one moves the times of all others
+_HARMLESS = re.compile("libdav1d [0-9.]+$|deprecated pixel format used")
 _IDR = 5  # type of an H.264 NAL unit: a picture that nothing after it looks back across
 
 
@@ -246,6 +247,7 @@ class Source:
     rate_fps: float
     height: int
     width: int
+    rotation: int  # degrees, where the decoder does not tell
     decord_flaw: str  # why decord would go astray; empty where it is exact
     seek_flaw: str  # why nobody should seek in it; empty where torchcodec is exact
     problem: str  # why the file is not whole; empty where it is
@@ -394,7 +396,8 @@ def _noise() -> Iterator[list[str]]:
             os.dup2(stderr, 2)
             os.close(stderr)
             file.seek(0)
-            lines += [_message(line) for line in file.read(1 << 12).decode(errors="replace").splitlines()]
+            said = file.read(1 << 16).decode(errors="replace").splitlines()
+            lines += [_message(line) for line in said if line.strip() and not _HARMLESS.search(line)]
 
 
 def _message(text: str) -> str:
@@ -472,15 +475,16 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
     doubtful: set[int | None] = set()  # times of pictures that are damaged, or look at one that is
     with _complaints() as complaints, av.open(source.path, **_LENIENT) as container:
         stream = container.streams.video[source.stream]
-        stream.codec_context.thread_count = 1  # parallel over videos, not within one
-        stream.codec_context.options = _STRICT
+        codec, tick_s = _codec(stream), stream.time_base or Fraction(1)
+        codec.thread_count = 1  # parallel over videos, not within one
+        codec.options = _STRICT
         complaints.clear()  # reading will repeat them
         for packet in _packets(container.demux(stream)):
             if (sign := _sign(complaints)) and packet.size:  # after the last packet comes what is no part of the video
                 damage, is_damaged = damage or sign, True
-            if is_damaged and packet.pts is not None and _begins_anew(packet, stream.codec_context):
+            if is_damaged and packet.pts is not None and _begins_anew(packet, codec):
                 is_damaged, first_sound = False, packet.pts
-            frames, sign = _decoded(packet, complaints)
+            frames, sign = _decoded(packet, codec, complaints)
             damage, is_damaged = damage or sign, is_damaged or bool(sign)
             if is_damaged and number_of is None:
                 break
@@ -496,20 +500,33 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
                     raise _TimesLie
                 if number in crops_of:
                     rgb: Any = frame.to_ndarray(format="rgb24", threads=1)  # 5 × faster than its pool for one picture
-                    rgb = np.rot90(rgb, round(frame.rotation / 90))  # the display matrix, as decord
+                    rgb = np.rot90(
+                        rgb, round((frame.rotation or source.rotation) / 90)
+                    )  # the display matrix, as decord
                     for crop_number in crops_of[number]:
                         sink.put(crop(rgb, crop_number))
                 numbers.append(number)
-                times_s.append(frame.time)
+                times_s.append(math.nan if frame.pts is None else float(frame.pts * tick_s))
     return Seen(numbers, times_s, damage)
 
 
-def _decoded(packet: av.Packet, complaints: _Log) -> tuple[list[av.VideoFrame], str]:
+def _codec(stream: av.VideoStream) -> Any:
+    """The decoder of a stream: of VP9 libvpx, since FFmpeg's own never knows that what it reads is no picture."""
+    codec = stream.codec_context
+    if codec.name == "vp9" and codec.pix_fmt == "yuv420p":
+        with suppress(ValueError):  # this PyAV was built without
+            checking = av.VideoCodecContext.create("libvpx-vp9", "r")
+            checking.extradata = codec.extradata
+            return checking
+    return codec
+
+
+def _decoded(packet: av.Packet, codec: Any, complaints: _Log) -> tuple[list[av.VideoFrame], str]:
     """The frames that come with a packet, and a sign of damage, or nothing."""
     frames: list[av.VideoFrame] = []
     error = ""
     try:
-        frames = packet.decode()
+        frames = codec.decode(packet)
     except av.FFmpegError as raised:
         error = str(raised.strerror)
     is_marked = packet.is_corrupt or any(frame.is_corrupt for frame in frames)
@@ -579,6 +596,10 @@ def _inspect(path: str) -> Source:
         if hole:
             kept, problem = kept * (1 - min(lost_s / max(end_s, lost_s, 1e-9), 1.0)), problem or f"corrupt: {hole}"
 
+        rotation = 0
+        if codec.name == "vp9":  # libvpx does not hand it on
+            with suppress(av.FFmpegError, StopIteration), av.open(path, **_LENIENT) as again:
+                rotation = next(again.decode(again.streams.video[container.streams.video.index(stream)])).rotation
         ticks = None if None in shown else np.sort(np.array(shown, np.int64))
         has_times = ticks is not None and container.format.name not in _UNTIMED and bool((np.diff(ticks) > 0).all())
         times_s = [math.nan] * len(shown) if ticks is None else ticks * float(stream.time_base or 1)
@@ -607,6 +628,7 @@ def _inspect(path: str) -> Source:
             rate_fps=rate_fps,
             height=codec.height,
             width=codec.width,
+            rotation=rotation,
             decord_flaw=next((flaw for flaw, holds in decord_flaws.items() if holds), ""),
             seek_flaw=next((flaw for flaw, holds in seek_flaws.items() if holds), ""),
             problem=problem,
