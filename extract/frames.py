@@ -23,6 +23,7 @@ number. No sign is given where any bits are a picture (the payload of VP8, and m
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -59,7 +60,8 @@ _LARGEST = 1 << 27  # pixels of a picture; more is a decompression bomb, not a v
 _STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}  # a decoder may fail, and check what sums there are
 _TIMED_BY_HEADER = {"matroska,webm", "flv"}  # containers that promise a duration, not a count
 _DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-_UNTIMED = {"avi"}  # containers that count packets: a lost one moves the times of all others
+_UNTIMED = {"avi", "mpeg"}  # containers that do not time each packet: a lost one moves others
+_AVI_HEADERS = 32  # bytes at most between two packets
 _HARMLESS = re.compile("libdav1d [0-9.]+$|deprecated pixel format used")
 _IDR = 5  # type of an H.264 NAL unit: a picture that nothing after it looks back across
 
@@ -251,6 +253,7 @@ class Source:
     decord_flaw: str  # why decord would go astray; empty where it is exact
     seek_flaw: str  # why nobody should seek in it; empty where torchcodec is exact
     problem: str  # why the file is not whole; empty where it is
+    hole_at: int | None  # where in an AVI file bytes end that no packet tells of
     kept: float  # the share of it that is there
 
 
@@ -480,9 +483,12 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
         codec.options = _STRICT
         complaints.clear()  # reading will repeat them
         for packet in _packets(container.demux(stream)):
-            if (sign := _sign(complaints)) and packet.size:  # after the last packet comes what is no part of the video
+            sign = _sign(complaints)
+            if source.hole_at is not None and packet.pos is not None and packet.pos >= source.hole_at:
+                sign = "packets are missing"
+            if sign and packet.size:  # what is said after the last packet is of no part of the video
                 damage, is_damaged = damage or sign, True
-            if is_damaged and packet.pts is not None and _begins_anew(packet, codec):
+            if is_damaged and number_of is not None and packet.pts is not None and _begins_anew(packet, codec):
                 is_damaged, first_sound = False, packet.pts
             frames, sign = _decoded(packet, codec, complaints)
             damage, is_damaged = damage or sign, is_damaged or bool(sign)
@@ -535,7 +541,7 @@ def _decoded(packet: av.Packet, codec: Any, complaints: _Log) -> tuple[list[av.V
 
 def _begins_anew(packet: av.Packet, codec: av.VideoCodecContext) -> bool:
     """Whether no picture that is shown from this packet on looks at one before it."""
-    return packet.is_keyframe and (codec.name != "h264" or _is_idr(bytes(packet), codec.extradata))
+    return packet.is_keyframe and (codec.name != "h264" or _is_intra(bytes(packet), codec.extradata))
 
 
 def _crops_of(views: Views) -> Mapping[int, list[int]]:
@@ -567,10 +573,13 @@ def _inspect(path: str) -> Source:
         rate_fps = float(stream.average_rate or stream.guessed_rate or 25)
         n_packets, end_s, lost_s, hole, gops_are_closed = 0, 0.0, 0.0, "", True
         shown: list[int | None] = []
+        spans: list[tuple[int, int]] = []  # bytes of each packet of an untimed container
         with _complaints() as complaints:
             for packet in _packets(container.demux()):
                 if packet.pts is not None:
                     end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if container.format.name == "avi" and packet.pos is not None:
+                    spans.append((packet.pos, packet.pos + packet.size))
                 if packet.stream.index != stream.index or not packet.size:
                     continue
                 n_packets += 1
@@ -596,6 +605,8 @@ def _inspect(path: str) -> Source:
         if hole:
             kept, problem = kept * (1 - min(lost_s / max(end_s, lost_s, 1e-9), 1.0)), problem or f"corrupt: {hole}"
 
+        spans.sort()
+        holes = [begin for (_, end), (begin, _) in itertools.pairwise(spans) if begin - end > _AVI_HEADERS]
         rotation = 0
         if codec.name == "vp9":  # libvpx does not hand it on
             with suppress(av.FFmpegError, StopIteration), av.open(path, **_LENIENT) as again:
@@ -632,20 +643,37 @@ def _inspect(path: str) -> Source:
             decord_flaw=next((flaw for flaw, holds in decord_flaws.items() if holds), ""),
             seek_flaw=next((flaw for flaw, holds in seek_flaws.items() if holds), ""),
             problem=problem,
+            hole_at=holes[0] if holes and kept < 1 else None,
             kept=kept,
         )
 
 
 def _is_idr(packet: bytes, extradata: bytes | None) -> bool:
     """Whether an H.264 packet holds an IDR picture: nothing after it needs what came before."""
+    return any(packet[at] & 31 == _IDR for at in _nal_units(packet, extradata))
+
+
+def _is_intra(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether an H.264 packet holds I slices alone: a key frame so made needs nothing before it."""
+    types: list[int] = []
+    for at in _nal_units(packet, extradata):
+        if packet[at] & 31 in (1, _IDR):
+            bits = "".join(f"{byte:08b}" for byte in packet[at + 1 : at + 9]) + "1"
+            bits = bits[2 * bits.index("1") + 1 :] + "1"  # past the number of the first macroblock
+            n_zeros = bits.index("1")
+            types.append(int(bits[n_zeros : 2 * n_zeros + 1], 2) - 1)
+    return bool(types) and all(kind % 5 == 2 for kind in types)
+
+
+def _nal_units(packet: bytes, extradata: bytes | None) -> Iterator[int]:
+    """Where the NAL units of an H.264 packet begin."""
     if not extradata or extradata[0] != 1:  # start codes instead of lengths
-        return any(packet[code.end()] & 31 == _IDR for code in re.finditer(rb"\x00\x00\x01(?=.)", packet, re.DOTALL))
+        yield from (code.end() for code in re.finditer(rb"\x00\x00\x01(?=.)", packet, re.DOTALL))
+        return
     width, at = (extradata[4] & 3) + 1, 0
     while at + width < len(packet):
-        if packet[at + width] & 31 == _IDR:
-            return True
+        yield at + width
         at += width + int.from_bytes(packet[at : at + width], "big")
-    return False
 
 
 def _is_hidden(packet: av.Packet, codec: av.VideoCodecContext) -> bool:
