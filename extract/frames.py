@@ -253,7 +253,7 @@ class Source:
     decord_flaw: str  # why decord would go astray; empty where it is exact
     seek_flaw: str  # why nobody should seek in it; empty where torchcodec is exact
     problem: str  # why the file is not whole; empty where it is
-    hole_at: int | None  # where in an AVI file bytes end that no packet tells of
+    hole_at: int | None  # in an AVI file, the last packet before bytes that no packet tells of
     kept: float  # the share of it that is there
 
 
@@ -506,9 +506,8 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
                     raise _TimesLie
                 if number in crops_of:
                     rgb: Any = frame.to_ndarray(format="rgb24", threads=1)  # 5 × faster than its pool for one picture
-                    rgb = np.rot90(
-                        rgb, round((frame.rotation or source.rotation) / 90)
-                    )  # the display matrix, as decord
+                    turns = round((frame.rotation or source.rotation) / 90)  # the display matrix, as decord
+                    rgb = np.rot90(rgb, turns)
                     for crop_number in crops_of[number]:
                         sink.put(crop(rgb, crop_number))
                 numbers.append(number)
@@ -606,7 +605,7 @@ def _inspect(path: str) -> Source:
             kept, problem = kept * (1 - min(lost_s / max(end_s, lost_s, 1e-9), 1.0)), problem or f"corrupt: {hole}"
 
         spans.sort()
-        holes = [begin for (_, end), (begin, _) in itertools.pairwise(spans) if begin - end > _AVI_HEADERS]
+        holes = [begin for (begin, end), (next_, _) in itertools.pairwise(spans) if next_ - end > _AVI_HEADERS]
         rotation = 0
         if codec.name == "vp9":  # libvpx does not hand it on
             with suppress(av.FFmpegError, StopIteration), av.open(path, **_LENIENT) as again:
