@@ -61,6 +61,7 @@ _STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}  # a decoder may f
 _TIMED_BY_HEADER = {"matroska,webm", "flv"}  # containers that promise a duration, not a count
 _DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _UNTIMED = {"avi", "mpeg"}  # containers that do not time each packet: a lost one moves others
+_REORDERED = 17  # pictures at most that are stored otherwise than shown
 _AVI_HEADERS = 32  # bytes at most between two packets
 _HARMLESS = re.compile("libdav1d [0-9.]+$|deprecated pixel format used")
 _IDR = 5  # type of an H.264 NAL unit: a picture that nothing after it looks back across
@@ -472,6 +473,7 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
     """
     crops_of = _crops_of(views)
     number_of = None if source.ticks is None else {tick: number for number, tick in enumerate(source.ticks.tolist())}
+    last_tick = math.inf if source.ticks is None else int(source.ticks[-1])
     numbers: list[int] = []
     times_s: list[float] = []
     damage, is_damaged, first_sound = "", False, -math.inf
@@ -500,7 +502,7 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
                 if frame.is_corrupt or frame.pts in doubtful:
                     continue
                 number = len(numbers) if number_of is None else number_of.get(frame.pts, -1)
-                if number < 0 and damage:
+                if number < 0 and (damage or (frame.pts or 0) > last_tick):
                     continue
                 if number <= (numbers[-1] if numbers else -1):
                     raise _TimesLie
@@ -612,6 +614,8 @@ def _inspect(path: str) -> Source:
                 rotation = next(again.decode(again.streams.video[container.streams.video.index(stream)])).rotation
         ticks = None if None in shown else np.sort(np.array(shown, np.int64))
         has_times = ticks is not None and container.format.name not in _UNTIMED and bool((np.diff(ticks) > 0).all())
+        if ticks is not None and (stream.frames > n_packets or promised_s > end_s + 1 / rate_fps):
+            ticks = _without_stragglers(ticks, 1.5 / rate_fps / float(stream.time_base or 1))
         times_s = [math.nan] * len(shown) if ticks is None else ticks * float(stream.time_base or 1)
         timestamps_s = _clock(times_s, rate_fps)
         decord_flaws = {
@@ -645,6 +649,12 @@ def _inspect(path: str) -> Source:
             hole_at=holes[0] if holes and kept < 1 else None,
             kept=kept,
         )
+
+
+def _without_stragglers(ticks: NDArray[np.int64], step: float) -> NDArray[np.int64]:
+    """Cut the last pictures of a file that ends too early where those between are missing: they are stored out of order."""
+    gaps = np.flatnonzero(np.diff(ticks[-_REORDERED:]) > step)
+    return ticks[: len(ticks) - min(len(ticks), _REORDERED) + gaps[0] + 1] if len(gaps) else ticks
 
 
 def _is_idr(packet: bytes, extradata: bytes | None) -> bool:

@@ -288,9 +288,8 @@ def test_pyav_never_holds_the_full_size_video(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- what is no video
 
 
-def cut(path: Path, share: float, name: str) -> Path:
+def cut(path: Path, share: float, target: Path) -> Path:
     data = path.read_bytes()
-    target = path.with_name(name)
     target.write_bytes(data[: int(len(data) * share)])
     return target
 
@@ -316,7 +315,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     for share, whole in ((0.6, "whole.mp4"), (0.6, "whole.mkv"), (0.6, "whole.avi"), (0.6, "index_first.mp4")):
-        cut(folder / whole, share, f"cut_{whole}")
+        cut(folder / whole, share, folder / f"cut_{whole}")
     data = bytearray((folder / "index_first.mp4").read_bytes())
     data[len(data) // 2 : len(data) * 2 // 3] = bytes(len(data) * 2 // 3 - len(data) // 2)
     (folder / "hole.mp4").write_bytes(data)
@@ -380,6 +379,221 @@ def test_a_tag_in_another_alphabet_is_no_obstacle(tmp_path: Path) -> None:
         container.mux(stream.encode())
     path.write_bytes(path.read_bytes().replace(b"XXXX", b"\xe9t\xe9!"))
     assert read_number(read(path, FrameSpec(1), SQUASH).pixels[0]) == 7
+
+
+# ------------------------------------------------------------------------------------- damage, salvage, times that lie
+
+M = 60  # frames of a video that is to be damaged
+TEXTURE = np.random.default_rng(0).integers(-20, 21, (16, 24, 1)).repeat(8, 0).repeat(8, 1)
+
+
+def checked(number: int) -> np.ndarray:
+    """A picture that spells a number below 64 and its complement, so that a garbled one is none."""
+    blocks = numbered(number | (~number & 63) << 6, 192, 128) * 0.8 + 20
+    return np.clip(blocks + np.roll(TEXTURE, 3 * number, 1), 0, 255).astype(np.uint8)
+
+
+def seen_in(video: Any) -> list[int]:
+    """The numbers of checked pictures; -1 where one is garbled."""
+    codes = [read_number(crop) for crop in video.pixels]
+    return [code & 63 if code & 63 ^ code >> 6 == 63 else -1 for code in codes]
+
+
+CLOSED = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=2:log-level=none"}
+SOUND: dict[str, tuple[str, dict[str, str]]] = {
+    "h264.mp4": ("libx264", CLOSED),
+    "h264.mkv": ("libx264", CLOSED),
+    "open.mkv": ("libx264", {"x264-params": "keyint=12:min-keyint=12:scenecut=0:open-gop=1:bframes=2:log-level=none"}),
+    "mpeg4.mp4": ("mpeg4", {"g": "12", "bf": "2", "b": "2M"}),
+    "mpeg4.avi": ("mpeg4", {"g": "12", "bf": "0", "b": "2M"}),
+    "vp9.webm": ("libvpx-vp9", {"cpu-used": "8", "deadline": "realtime", "g": "12"}),
+    "av1.mkv": ("libsvtav1", {"preset": "13", "crf": "20", "svtav1-params": "lp=1:keyint=12"}),
+    "mpeg2.ts": ("mpeg2video", {"g": "12", "bf": "2"}),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    for name, (codec, options) in SOUND.items():
+        write_video(folder / name, (checked(i) for i in range(M)), fps=25, codec=codec, options=options)
+    with av.open(str(folder / "index_first.mp4"), "w", options={"movflags": "faststart"}) as container:
+        remux(folder / "h264.mp4", container)
+    return folder
+
+
+def remux(path: Path, target: Any, change: Any = lambda number, packet: True) -> None:
+    """Copy packets in the order of the file; `change` may alter each, and drops it by saying False."""
+    with av.open(str(path)) as source:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for number, packet in enumerate(p for p in source.demux(stream) if p.size):
+            if change(number, packet):
+                packet.stream = copy
+                target.mux(packet)
+
+
+def packets(path: Path) -> list[tuple[int, int]]:
+    """Place and size of each packet of a file, in the order of decoding."""
+    with av.open(str(path)) as container:
+        return [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+
+
+def overwrite(path: Path, target: Path, *spans: tuple[int, bytes]) -> Path:
+    data = bytearray(path.read_bytes())
+    for begin, new in spans:
+        data[begin : begin + len(new)] = new
+    target.write_bytes(data)
+    return target
+
+
+LENIENT = DecodeOptions(salvage=0.1)
+WHOLE = FrameSpec(None, "all", decoder="pyav")
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_files_of_every_kind_have_no_sign_of_damage(sound: Path, name: str) -> None:
+    video = read(sound / name, WHOLE)
+    assert seen_in(video) == video.indices.tolist() == list(range(M))
+    assert video.kept == 1
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_damaged_picture_costs_what_leans_on_it_and_moves_no_other(sound: Path, tmp_path: Path, name: str) -> None:
+    begin, size = packets(sound / name)[27]  # in the third of five groups of pictures
+    noise = np.random.default_rng(0).bytes(size // 2) if name != "mpeg2.ts" else bytes(188)
+    path = overwrite(sound / name, tmp_path / name, (begin + size // 3, noise))
+    with pytest.raises(DecodeError, match=r"^corrupt: [0-9]+ of [0-9]+ frames could be decoded: "):
+        read(path, FrameSpec(8))
+    video = read(path, WHOLE, options=LENIENT)
+    assert seen_in(video) == video.indices.tolist()
+    lost = sorted(set(range(M)) - set(video.indices.tolist()))
+    if name == "mpeg4.avi":  # which counts: after a loss no number is sure
+        assert lost == list(range(lost[0], M))
+        assert 20 < lost[0] < 28
+    else:
+        assert 1 <= len(lost) <= 13
+        assert 20 < lost[0] < lost[-1] < 40
+    assert video.kept == pytest.approx(1 - len(lost) / M)
+    assert video.n_source_frames == M
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_no_back_end_takes_damage_for_a_picture(sound: Path, tmp_path: Path, decoder: str) -> None:
+    n_refused = n_garbled = 0
+    for number in range(1, M, 4):
+        begin, size = packets(sound / "h264.mp4")[number]
+        flipped = bytes(255 ^ byte for byte in (sound / "h264.mp4").read_bytes()[begin + size // 2 :][: size // 4])
+        path = overwrite(sound / "h264.mp4", tmp_path / "flipped.mp4", (begin + size // 2, flipped))
+        try:
+            video = read(path, FrameSpec(30, decoder=decoder))
+        except DecodeError as error:
+            assert "corrupt: " in error.reason
+            n_refused += 1
+        else:
+            assert {*seen_in(video)} <= {*video.indices.tolist(), -1}
+            n_garbled += -1 in seen_in(video)
+    assert n_refused >= 12
+    assert n_garbled <= 2  # what can be read as a picture is one
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_salvage_samples_what_is_there(sound: Path, tmp_path: Path, sampling: str, decoder: str) -> None:
+    spec = dataclasses.replace(SAMPLINGS[sampling], decoder=decoder)
+    path = cut(sound / "index_first.mp4", 0.6, tmp_path / "cut.mp4")
+    video = read(path, spec, options=LENIENT, key="v")
+    there = read(path, WHOLE, options=LENIENT).indices
+    assert 0.4 < video.kept < 0.7
+    assert video.kept == pytest.approx(len(there) / M, abs=0.05)
+    wanted = sample(np.arange(video.n_source_frames) / 25, spec, "v").frames[0]
+    if not np.isin(wanted, there).all():
+        wanted = there[sample(there / 25, spec, "v").frames[0]]
+    np.testing.assert_array_equal(video.indices, wanted)
+    if spec.crops is None:
+        assert seen_in(video) == video.indices.tolist()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize("name", ["index_first.mp4", "h264.mkv", "vp9.webm", "av1.mkv", "mpeg4.avi"])
+def test_the_begin_of_a_truncated_file_can_be_had(sound: Path, tmp_path: Path, name: str, share: float) -> None:
+    path = cut(sound / name, share, tmp_path / name)
+    with pytest.raises(DecodeError, match=r"^truncated: [0-9.]+ of [0-9.]+ (frames|seconds)$"):
+        read(path, FrameSpec(8))
+    video = read(path, FrameSpec(12), options=DecodeOptions(salvage=share - 0.25))
+    assert seen_in(video) == video.indices.tolist()
+    assert share - 0.25 < video.kept < 1
+    with pytest.raises(DecodeError):
+        read(path, FrameSpec(12), options=DecodeOptions(salvage=0.99))
+
+
+@pytest.mark.parametrize("how", ["zeros", "noise", "gone"])
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "open.mkv", "vp9.webm", "av1.mkv", "mpeg4.avi", "mpeg2.ts"])
+def test_a_hole_in_the_middle(sound: Path, tmp_path: Path, name: str, how: str) -> None:
+    (begin, _), (end, _) = packets(sound / name)[25], packets(sound / name)[30]
+    data = (sound / name).read_bytes()
+    filling = {"zeros": bytes(end - begin), "noise": np.random.default_rng(0).bytes(end - begin), "gone": b""}[how]
+    path = tmp_path / name
+    path.write_bytes(data[: begin + 9] + filling + data[end + 9 :])
+    with pytest.raises(DecodeError, match=r"^(corrupt|truncated): "):
+        read(path, FrameSpec(8))
+    if name == "h264.mp4" and how == "gone":  # the index is not where the header says
+        return
+    video = read(path, FrameSpec(12), options=LENIENT)
+    assert seen_in(video) == np.rint(video.timestamps_s * 25).tolist()
+    assert 0.1 <= video.kept < 1
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "vp9.webm", "mpeg4.avi", "mpeg2.ts"])
+def test_garbage_after_the_end_is_no_damage(sound: Path, tmp_path: Path, name: str, decoder: str) -> None:
+    for garbage in (bytes(5000), np.random.default_rng(0).bytes(5000)):
+        (tmp_path / name).write_bytes((sound / name).read_bytes() + garbage)
+        video = read(tmp_path / name, FrameSpec(12, decoder=decoder))
+        assert seen_in(video) == segment_centres(M, 12).tolist()
+        assert video.kept == 1
+
+
+def test_times_that_lie_move_no_frame(tmp_path: Path) -> None:
+    write_video(tmp_path / "true.mkv", (checked(i) for i in range(M)), 25, codec="mjpeg", pix_fmt="yuvj420p")
+    for name, times in {
+        "double": [*range(20), *range(19, M - 1)],
+        "swapped": [*range(20), 21, 20, *range(22, M)],
+        "back": [*range(30), *range(M - 30)],
+    }.items():
+
+        def change(number: int, packet: Any, times: list[int] = times) -> bool:
+            packet.pts, packet.dts = times[number] * 40, (number - 40) * 40
+            return True
+
+        with av.open(str(tmp_path / "lies.mkv"), "w") as container:
+            remux(tmp_path / "true.mkv", container, change)
+        for decoder in ("auto", "pyav"):
+            video = read(tmp_path / "lies.mkv", FrameSpec(20, decoder=decoder))
+            assert seen_in(video) == video.indices.tolist() == segment_centres(M, 20).tolist(), name
+
+
+def test_an_edit_list_cuts_frames(sound: Path, tmp_path: Path) -> None:
+    def earlier(number: int, packet: Any) -> bool:
+        ticks = round(7 * 0.04 / packet.time_base)
+        packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
+        return True
+
+    with av.open(str(tmp_path / "edited.mp4"), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        remux(sound / "h264.mp4", container, earlier)
+    for decoder in ("auto", "pyav"):
+        video = read(tmp_path / "edited.mp4", FrameSpec(None, "all", decoder=decoder))
+        assert seen_in(video) == list(range(7, M))
+        assert video.indices.tolist() == list(range(M - 7))
+    with pytest.raises(DecodeError, match="decord mis"):
+        read(tmp_path / "edited.mp4", FrameSpec(4, decoder="decord"))
+
+
+def test_a_video_of_an_unknown_kind_is_refused(sound: Path, tmp_path: Path) -> None:
+    data = (sound / "vp9.webm").read_bytes()
+    (tmp_path / "odd.webm").write_bytes(data.replace(b"V_VP9", b"V_XP9"))
+    with pytest.raises(DecodeError, match="no decoder for this kind of video"):
+        read(tmp_path / "odd.webm", FrameSpec(4))
 
 
 # ------------------------------------------------------------------------------------------------------- writing
