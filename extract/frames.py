@@ -476,14 +476,15 @@ def _read_through(source: Source, views: Views, crop: Crop, sink: Sink) -> Seen:
     last_tick = math.inf if source.ticks is None else int(source.ticks[-1])
     numbers: list[int] = []
     times_s: list[float] = []
-    damage, is_damaged, first_sound = "", False, -math.inf
+    first_sound = -math.inf
     doubtful: set[int | None] = set()  # times of pictures that are damaged, or look at one that is
     with _complaints() as complaints, av.open(source.path, **_LENIENT) as container:
         stream = container.streams.video[source.stream]
         codec, tick_s = _codec(stream), stream.time_base or Fraction(1)
         codec.thread_count = 1  # parallel over videos, not within one
         codec.options = _STRICT
-        complaints.clear()  # reading will repeat them
+        damage = _sign(complaints, container.format.name)  # opening reads ahead; what it decodes is decoded again
+        is_damaged = bool(damage)
         for packet in _packets(container.demux(stream)):
             sign = _sign(complaints)
             if source.hole_at is not None and packet.pos is not None and packet.pos >= source.hole_at:
@@ -556,7 +557,8 @@ def _crops_of(views: Views) -> Mapping[int, list[int]]:
 def _inspect(path: str) -> Source:
     """Read a file's header and packets; raise DecodeError for what is no video at all."""
     try:
-        container = av.open(path, **_LENIENT)
+        with _complaints() as complaints:
+            container = av.open(path, **_LENIENT)
     except (av.FFmpegError, ValueError) as error:
         with Path(path).open("rb") as file:
             is_mp4 = file.read(8)[4:] == b"ftyp"  # the index of an mp4 is usually at its end
@@ -572,7 +574,8 @@ def _inspect(path: str) -> Source:
 
         codec = stream.codec_context
         rate_fps = float(stream.average_rate or stream.guessed_rate or 25)
-        n_packets, end_s, lost_s, hole, gops_are_closed = 0, 0.0, 0.0, "", True
+        n_packets, end_s, lost_s, gops_are_closed = 0, 0.0, 0.0, True
+        hole = _sign(complaints, container.format.name)  # opening reads ahead
         shown: list[int | None] = []
         spans: list[tuple[int, int]] = []  # bytes of each packet of an untimed container
         with _complaints() as complaints:
