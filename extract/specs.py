@@ -83,9 +83,7 @@ class FrameSpec:
 
     def describe(self) -> str:
         """For people: what a row holds."""
-        length = (
-            {"fps": f"{self.rate_fps:g} a second", "all": "all"}.get(self.sampling) if self.n_frames is None else ""
-        )
+        length = "all" if self.sampling == "all" else f"{self.rate_fps:g} a second" if self.rate_fps else ""
         words = [length or f"{self.n_frames} {self.sampling}"]
         words += [f"{self.stride} apart"] if self.stride else []
         words += [f"{self.n_clips} clips"] if self.n_clips > 1 else []

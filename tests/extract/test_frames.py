@@ -19,7 +19,6 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from PIL import Image
 
 from coldframe.data_manifests.errors import ColdframeError
 from coldframe.extract import frames as frames_file

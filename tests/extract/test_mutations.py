@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from coldframe.extract.crops import resize_and_crop
-from coldframe.extract.frames import Crops, DecodedVideo, DecodeOptions, decode, write_video
+from coldframe.extract.frames import Crops, DecodeOptions, decode, write_video
 from coldframe.extract.specs import FrameSpec, TransformSpec
 from coldframe.extract.workers import Chunk, DecodePool, Failure, Job
 
