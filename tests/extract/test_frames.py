@@ -7,10 +7,12 @@ import hashlib
 import importlib
 import itertools
 import os
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -551,6 +553,25 @@ def test_garbage_after_the_end_is_no_damage(sound: Path, tmp_path: Path, name: s
         video = read(tmp_path / name, FrameSpec(12, decoder=decoder))
         assert seen_in(video) == segment_centres(M, 12).tolist()
         assert video.kept == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [(ModuleNotFoundError, "the package torchcodec"), (RuntimeError, r"FFmpeg's shared libraries, 4 to 8")],
+)
+def test_torchcodec_that_cannot_be_loaded_says_what_it_lacks(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], lacks: str
+) -> None:
+    class Finder(MetaPathFinder):
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+            if fullname.startswith("torchcodec"):
+                raise error("could not be loaded\nfor many\nreasons")
+
+    for name in [name for name in sys.modules if name.startswith("torchcodec")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(DecodeError, match=rf"^torchcodec cannot be loaded: it needs {lacks}; or use the decoder auto$"):
+        read(sound / "h264.mp4", FrameSpec(2, decoder="torchcodec"))
 
 
 def test_times_that_lie_move_no_frame(tmp_path: Path) -> None:
