@@ -347,37 +347,36 @@ def _by_torchcodec(source: Source, choose: Choose, crop: Crop, sink: Sink, optio
     crops_of = _crops_of(views)
     os.environ["TORCHCODEC_FFMPEG_LOG_LEVEL"] = "INFO"  # damage is told there alone
     try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, OSError, RuntimeError) as error:
-        is_there = not isinstance(error, ModuleNotFoundError)
-        lacks = "FFmpeg's shared libraries, 4 to 8" if is_there else "the package torchcodec"
-        raise DecodeError(f"torchcodec cannot be loaded: it needs {lacks}; or use the decoder auto") from error
-
-    try:
         with _noise() as noise:
+            from torchcodec.decoders import VideoDecoder
+
             reader = VideoDecoder(
                 source.path, stream_index=source.index, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
             )
-        promised = (len(source.timestamps_s), float(reader.metadata.begin_stream_seconds_from_content or 0.0))
-        if reader.metadata.num_frames != promised[0]:
+        n_frames, begin_s = reader.metadata.num_frames, reader.metadata.begin_stream_seconds_from_content or 0.0
+        if n_frames != len(source.timestamps_s):
             raise DecodeError(
-                f"torchcodec miscounts: {reader.metadata.num_frames} frames where the packets hold {promised[0]}"
+                f"torchcodec miscounts: {n_frames} frames where the packets hold {len(source.timestamps_s)}"
             )
         for batch in _batches(source, crops_of):
             with _noise() as more:
                 pictures = reader.get_frames_at(batch.tolist())  # [t, H, W, 3]
             if noise := noise + more:
                 raise DecodeError(f"corrupt: {noise[0]}")
-            times = pictures.pts_seconds.numpy() - promised[1]
+            times = pictures.pts_seconds.numpy() - float(begin_s)
             if np.abs(times - source.timestamps_s[batch]).max() > 1e-6:
                 raise DecodeError("torchcodec misplaces frames: its times are not those of the packets")
             for number, rgb in zip(batch.tolist(), pictures.data.numpy(), strict=True):
                 for crop_number in crops_of[number]:
                     sink.put(crop(rgb, crop_number))
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise DecodeError(
-            f"torchcodec gave up: {str(error).rpartition(', ')[2].partition(chr(10))[0][:200]}"
-        ) from error
+    except ModuleNotFoundError as error:
+        raise DecodeError("torchcodec is not installed: install it, or use the decoder auto") from error
+    except (ImportError, RuntimeError, IndexError, ValueError) as error:
+        if "Could not load libtorchcodec" in str(error):
+            reason = "finds no FFmpeg that fits: install FFmpeg's shared libraries, or use the decoder auto"
+        else:
+            reason = f"gave up: {str(error).strip().partition(chr(10))[0][-200:]}"
+        raise DecodeError(f"torchcodec {reason}") from error
     return Picked(source.timestamps_s, views, "torchcodec", source.kept)
 
 
