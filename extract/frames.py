@@ -63,6 +63,7 @@ _DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _UNTIMED = {"avi", "mpeg"}  # containers that do not time each packet: a lost one moves others
 _REORDERED = 17  # pictures at most that are stored otherwise than shown
 _AVI_HEADERS = 32  # bytes at most between two packets
+_FFMPEG = re.compile(r"\[[^]]+ @ 0x[0-9a-f]+\]")
 _HARMLESS = re.compile("libdav1d [0-9.]+$|deprecated pixel format used")
 _IDR = 5  # type of an H.264 NAL unit: a picture that nothing after it looks back across
 
@@ -347,9 +348,9 @@ def _by_torchcodec(source: Source, choose: Choose, crop: Crop, sink: Sink, optio
     crops_of = _crops_of(views)
     os.environ["TORCHCODEC_FFMPEG_LOG_LEVEL"] = "INFO"  # damage is told there alone
     try:
-        with _noise() as noise:
-            from torchcodec.decoders import VideoDecoder
+        from torchcodec.decoders import VideoDecoder  # here, since it imports torch
 
+        with _noise() as noise:
             reader = VideoDecoder(
                 source.path, stream_index=source.index, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
             )
@@ -388,7 +389,7 @@ def _batches(source: Source, crops_of: Mapping[int, list[int]]) -> list[NDArray[
 
 @contextmanager
 def _noise() -> Iterator[list[str]]:
-    """Gather what C code writes to the standard error, where decord and torchcodec tell of damage, and nowhere else."""
+    """Gather what FFmpeg writes to the standard error, where decord and torchcodec tell of damage, and nowhere else."""
     lines: list[str] = []
     with tempfile.TemporaryFile() as file:
         stderr = os.dup(2)
@@ -400,7 +401,7 @@ def _noise() -> Iterator[list[str]]:
             os.close(stderr)
             file.seek(0)
             said = file.read(1 << 16).decode(errors="replace").splitlines()
-            lines += [_message(line) for line in said if line.strip() and not _HARMLESS.search(line)]
+            lines += [_message(line) for line in said if _FFMPEG.match(line) and not _HARMLESS.search(line)]
 
 
 def _message(text: str) -> str:
