@@ -17,7 +17,7 @@ PyAV when it refuses, complains or shows one picture twice. torchcodec is asked 
 Damage. FFmpeg conceals it: a picture made of its neighbours looks sound. Most of it is told by what FFmpeg writes to its
 log, by flags of pictures and packets, and by errors, of which 453 sound files raised none. A picture is taken to be
 damaged from the first sign on, up to the next key frame that needs nothing before it; it counts as missing, and keeps its
-number. No sign is given where any bits are a picture (the payload of VP8, and mostly of HEVC and MJPEG).
+number. No sign is given where any bits are a picture (the payload of VP8, of HEVC without hashes, mostly of MJPEG).
 """
 
 from __future__ import annotations

@@ -403,10 +403,13 @@ def seen_in(video: Any) -> list[int]:
 
 
 CLOSED = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=2:log-level=none"}
+OPEN = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:open-gop=1:bframes=2:log-level=none"}
 SOUND: dict[str, tuple[str, dict[str, str]]] = {
     "h264.mp4": ("libx264", CLOSED),
     "h264.mkv": ("libx264", CLOSED),
-    "open.mkv": ("libx264", {"x264-params": "keyint=12:min-keyint=12:scenecut=0:open-gop=1:bframes=2:log-level=none"}),
+    "open.mkv": ("libx264", OPEN),
+    "open.ts": ("libx264", OPEN),
+    "hashed.mkv": ("libx265", {"x265-params": "keyint=12:min-keyint=12:bframes=2:hash=1:pools=1:log-level=none"}),
     "mpeg4.mp4": ("mpeg4", {"g": "12", "bf": "2", "b": "2M"}),
     "mpeg4.avi": ("mpeg4", {"g": "12", "bf": "0", "b": "2M"}),
     "vp9.webm": ("libvpx-vp9", {"cpu-used": "8", "deadline": "realtime", "g": "12"}),
@@ -475,8 +478,9 @@ def test_a_damaged_picture_costs_what_leans_on_it_and_moves_no_other(sound: Path
         assert lost == list(range(lost[0], M))
         assert 20 < lost[0] < 28
     else:
-        assert 1 <= len(lost) <= 13
-        assert 20 < lost[0] < lost[-1] < 40
+        n_groups = 2 if name == "open.ts" else 1  # the decoder stumbles over what the next group should forget
+        assert 1 <= len(lost) <= 13 * n_groups
+        assert 20 < lost[0] < lost[-1] < 24 + 16 * n_groups
     assert video.kept == pytest.approx(1 - len(lost) / M)
     assert video.n_source_frames == M
 
