@@ -280,7 +280,7 @@ def _by_the_better(source: Source, choose: Choose, crop: Crop, sink: Sink, optio
 
 
 class _NotByDecord(DecodeError):
-    """decord cannot, or should not, read this file."""
+    """decord cannot, or should not, read this file: `auto` gives it to PyAV."""
 
 
 def _by_decord(

@@ -7,12 +7,14 @@ import hashlib
 import importlib
 import itertools
 import os
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
 from importlib.abc import MetaPathFinder
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +268,32 @@ def test_auto_turns_to_pyav_where_decord_refuses_or_repeats_a_picture(
     assert read(videos / "b_frames.mkv", FrameSpec(4), SQUASH).decoder == "pyav"
     with pytest.raises(DecodeError, match="miscounts"):
         read(videos / "b_frames.mkv", FrameSpec(4, decoder="decord"), SQUASH)
+
+
+def test_damage_is_heard_where_the_standard_error_is_closed(sound: Path, tmp_path: Path) -> None:
+    begin, size = packets(sound / "h264.mp4")[27]
+    noise = np.random.default_rng(0).bytes(size // 2)
+    path = overwrite(sound / "h264.mp4", tmp_path / "damaged.mp4", (begin + size // 3, noise))
+    code = (
+        "import os, sys; from coldframe.extract.frames import *; from coldframe.extract.specs import *; os.close(2)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: print(decode(path, FrameSpec(8, decoder='decord'), TransformSpec(32, (0,)*3, (1,)*3), Crops()).decoder)\n"
+        "    except DecodeError as error: print(error.reason)"
+    )
+    command = [sys.executable, "-c", code, str(sound / "h264.mp4"), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("decord\ncorrupt: [h264] ")
+
+
+def test_decord2_goes_by_its_own_name(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(name: str) -> str:
+        if name == "decord":
+            raise PackageNotFoundError
+        return "2.0"
+
+    assert read(videos / "b_frames.mkv", FrameSpec(2)).decoder == "decord"
+    monkeypatch.setattr(frames_file, "version", installed)
+    assert read(videos / "b_frames.mkv", FrameSpec(2)).decoder == "decord2"
 
 
 def test_pyav_recounts_where_packets_promise_other_frames_than_come(
