@@ -12,7 +12,8 @@ is an IDR picture and the container keeps times (mp4, mov, mkv): 3,464 frames of
     damage         an undecodable frame is silently replaced by a neighbour (decord PR #119)
 
 So `auto` asks decord only where it is exact, holds its index to the times of the file's packets, and gives the video to
-PyAV when it refuses, complains or shows one picture twice. torchcodec is asked by name alone, and held to the same.
+PyAV when it refuses, complains or shows one picture twice. torchcodec is asked by name alone, and held to the same; so is
+decord2, which goes by decord's import name, refuses some widths, and beside PyAV does not tell of damage.
 
 Damage. FFmpeg conceals it: a picture made of its neighbours looks sound. Most of it is told by what FFmpeg writes to its
 log, by flags of pictures and packets, and by errors, of which 453 sound files raised none. A picture is taken to be
@@ -298,6 +299,9 @@ def _by_decord(
         import decord  # here, since it breaks a later import of torch in the same process (decord #293)
     except (ImportError, OSError, RuntimeError) as error:
         raise _NotByDecord("decord is not installed: there is no wheel for this machine") from error
+    name = _distribution_of_decord()
+    if is_free_to_choose and name != "decord":
+        raise _NotByDecord(f"{name} does not tell of damage")  # beside PyAV its log goes nowhere
     decord.logging.set_level(decord.logging.INFO)
 
     last: Picture | None = None
@@ -320,7 +324,7 @@ def _by_decord(
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         reason = str(error).rpartition(".cc:")[2].partition("\n")[0]
         raise _NotByDecord(f"decord gave up: {reason[:200]}") from error
-    return Picked(source.timestamps_s, views, _distribution_of_decord(), source.kept)
+    return Picked(source.timestamps_s, views, name, source.kept)
 
 
 def _trust(reader: Any, source: Source) -> None:

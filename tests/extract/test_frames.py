@@ -293,7 +293,8 @@ def test_decord2_goes_by_its_own_name(videos: Path, monkeypatch: pytest.MonkeyPa
 
     assert read(videos / "b_frames.mkv", FrameSpec(2)).decoder == "decord"
     monkeypatch.setattr(frames_file, "version", installed)
-    assert read(videos / "b_frames.mkv", FrameSpec(2)).decoder == "decord2"
+    assert read(videos / "b_frames.mkv", FrameSpec(2, decoder="decord")).decoder == "decord2"
+    assert read(videos / "b_frames.mkv", FrameSpec(2)).decoder == "pyav"
 
 
 def test_pyav_recounts_where_packets_promise_other_frames_than_come(
