@@ -17,6 +17,7 @@ STAGES = ("data_manifests", "extract", "train_heads", "evaluate")
 OWNERS = {
     "decord": {"extract/frames.py"},
     "av": {"extract/frames.py"},
+    "torchcodec": {"extract/frames.py"},
     "open_clip": {"extract/pretrained.py", "extract/tiny/make.py"},
     "zarr": {"extract/arrays.py"},
     "pyarrow": {"data_manifests/tables.py", "extract/shards.py"},
