@@ -19,6 +19,7 @@ import typer
 
 from coldframe.data_manifests import datasets
 from coldframe.data_manifests.errors import ColdframeError, ConfigError
+from coldframe.data_manifests.locations import is_local, location
 
 if TYPE_CHECKING:
     from coldframe.data_manifests import Manifest
@@ -49,10 +50,23 @@ app.add_typer(manifests, name="manifest")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Store = Annotated[Path, typer.Option("--store", "-s", help="The feature store, a folder.")]
+
+
+def path(text: str) -> Path:
+    """A path or a URL, of whose slashes pathlib would keep one."""
+    try:
+        return location(text)
+    except ConfigError as error:
+        fail(str(error))  # of a ValueError typer shows no text
+
+
+PLACE: dict[str, Any] = {"parser": path}
+Store = Annotated[Path, typer.Option("--store", "-s", help="The feature store, a folder or a URL.", **PLACE)]
 ManifestFile = Annotated[
     Path | None,
-    typer.Option("--manifest", "-m", help="Other labels or splits for the same videos (default: the store's own)."),
+    typer.Option(
+        "--manifest", "-m", help="Other labels or splits for the same videos (default: the store's own).", **PLACE
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto (cuda where there is one), cpu, cuda, cuda:1, mps.")]
 Templates = Annotated[
@@ -75,7 +89,10 @@ def about(summary: str, example: str) -> dict[str, Any]:
 )
 def extract(
     videos: Annotated[
-        Path, typer.Argument(help="A folder with one sub-folder a class, or a manifest (.csv, .parquet).")
+        Path,
+        typer.Argument(
+            help="A folder with one sub-folder a class, or a manifest (.csv, .parquet); or the URL of either.", **PLACE
+        ),
     ],
     store: Store,
     model: Annotated[str, typer.Option(help="An open_clip model, or coldframe-tiny.")] = "ViT-B-16-quickgelu",
@@ -138,7 +155,7 @@ def extract(
 
 @app.command(**about("What is in a store.", "inspect store --json"))
 def inspect(
-    store: Annotated[Path, typer.Argument(help="The feature store.")],
+    store: Annotated[Path, typer.Argument(help="The feature store.", **PLACE)],
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold every byte to its checksum; exit code 3 if any is bad.")
     ] = False,
@@ -268,7 +285,7 @@ def results(
 
 @manifests.command("folder", **about("From a folder of videos.", "manifest folder videos/ --out videos.csv"))
 def manifest_folder(
-    root: Annotated[Path, typer.Argument(help="One sub-folder a class; or train/, val/, test/ above those.")],
+    root: Annotated[Path, typer.Argument(help="One sub-folder a class; or train/, val/, test/ above those.", **PLACE)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.")],
     test_fraction: Annotated[float, typer.Option(help="Share of each class for testing, where no test/ exists.")] = 0.2,
     val_fraction: Annotated[float, typer.Option(help="Share of each class for validation.")] = 0.1,
@@ -309,7 +326,7 @@ for dataset in datasets.names():
 
 @manifests.command("check", **about("Read a manifest and look for its files.", "manifest check videos.csv"))
 def manifest_check(
-    file: Annotated[Path, typer.Argument(help="A manifest, or a folder of videos.")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="A manifest, or a folder of videos.", **PLACE)], as_json: Json = False
 ) -> None:
     """Read a manifest as `extract` would, and look for every file it names."""
     made = open_manifest(file)
@@ -431,6 +448,8 @@ def open_manifest(path: Path | None, store: FeatureStore | None = None) -> Manif
 
     if path is None and store is not None:
         return store.manifest
+    if path is not None and not is_local(path):
+        return Manifest.read(path) if path.suffix in (".csv", ".parquet") else from_folder(path)
     if path is None or not (path.is_dir() or path.is_file()):
         raise ConfigError("no such folder or manifest", seen=path, fix="Name a folder of videos, a .csv or a .parquet.")
     return from_folder(path) if path.is_dir() else Manifest.read(path)
