@@ -37,6 +37,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ..data_manifests.errors import ColdframeError
+from ..data_manifests.locations import LocationError, fetched
 from .specs import FrameSpec, TransformSpec
 
 _KEPT = 0.95  # a file with a smaller share of its promised frames is damaged: refused, not quietly shortened
@@ -85,9 +86,24 @@ def decode(
 ) -> DecodedVideo:
     """Sample, decode, resize and crop one video, or the part of it with start_s ≤ time < end_s.
 
+    Args:
+        path: of a file, or a URL, from which a temporary copy is made.
+
     Raises:
-        DecodeError: there is no such file, it is no video, it is damaged, or no frame lies in the part asked for.
+        DecodeError: there is no such file, it is no video, it is damaged, or no frame lies in the part asked for;
+            `locations.is_transient` tells whether another attempt may go better.
     """
+    try:
+        with fetched(os.fspath(path)) as file:
+            return _decode(file, frames, transform, start_s, end_s)
+    except LocationError as error:
+        raise DecodeError(str(error)) from error
+
+
+def _decode(
+    path: Path, frames: FrameSpec, transform: TransformSpec, start_s: float | None, end_s: float | None
+) -> DecodedVideo:
+    """Do what `decode` promises with a local file."""
     content_sha256 = _digest(path)
     source = _inspect(os.path.abspath(path))  # noqa: PTH100 - a name such as `12:30.mp4` is no protocol
     choose = partial(_choose, frames=frames, start_s=start_s, end_s=end_s)

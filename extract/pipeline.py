@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data_manifests.locations import refuse_unreachable
 from ..data_manifests.records import Manifest
 from .frames import DecodedVideo
 from .progress import Progress
@@ -117,7 +118,9 @@ def extract(
     Raises:
         SpecMismatch: the store was made with another spec.
         StoreError: the store cannot be written; the shards committed so far stay.
+        ConfigError: URLs of a kind that this installation cannot read.
     """
+    refuse_unreachable(map(manifest.path_of, manifest.records), workers)
     report = ExtractReport(store, n_videos=len(manifest.records))
     started = time.perf_counter()
     asked = canonical_features(features, tower.shape.layers)

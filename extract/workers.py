@@ -14,17 +14,20 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from ctypes import c_uint8
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -32,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data_manifests.errors import ConfigError
+from ..data_manifests.locations import is_transient, scratch_folder
 from .frames import DecodedVideo, DecodeError, decode
 from .specs import FrameSpec, TransformSpec
 
@@ -52,6 +56,7 @@ class Failure:
 
     reason: str  # `category` or `category: detail`
     attempts: int = 1
+    is_transient: bool = False  # a network or a server is at fault, not the video
 
 
 class DecodePool:
@@ -94,6 +99,7 @@ class DecodePool:
         self._decode = decode
         self._n_workers = workers
         self._workers: list[_Worker] = []
+        self._scratch = ExitStack()  # the folder of what workers fetch
         self._again: deque[_Task] = deque()  # to be dealt again before anything new
         self._stillborn = 0  # workers lost in a row before their first video
 
@@ -106,8 +112,9 @@ class DecodePool:
             # /dev/shm is too small for all slots the standard library takes the folder of temporary files.
             memory: Any = _SPAWN.RawArray(c_uint8, math.prod(shape))
             slots = np.frombuffer(memory, np.uint8).reshape(shape)
+            scratch = self._scratch.enter_context(scratch_folder())
             self._workers = [
-                _Worker((memory, shape, number, self._transform, self._decode), slots[number])
+                _Worker((memory, shape, number, self._transform, self._decode), slots[number], scratch / str(number))
                 for number in range(self._n_workers)
             ]
         return self
@@ -118,6 +125,7 @@ class DecodePool:
         for worker in self._workers:
             worker.stop()
         self._workers = []
+        self._scratch.close()
 
     def decode(self, jobs: Iterable[Job]) -> Iterator[tuple[str, DecodedVideo | Failure]]:
         """Decode (key, path, start_s, end_s) jobs; they start in order and come back as they are done.
@@ -202,13 +210,15 @@ class _Task:
 class _Worker:
     """The parent's side of one process; the process may be replaced, its slots stay."""
 
-    def __init__(self, orders: tuple[Any, ...], slots: NDArray[np.uint8]) -> None:
-        self._orders = orders  # of the process, besides its pipes
+    def __init__(self, orders: tuple[Any, ...], slots: NDArray[np.uint8], scratch: Path) -> None:
+        self._orders = orders  # of the process, besides its pipes and its folder
         self._slots = slots  # [ahead, T, 3, S, S]
+        self._scratch = scratch
         self.start()
 
     def start(self) -> None:
         """Start a process that has no tasks."""
+        self._scratch.mkdir()
         self.tasks: deque[_Task] = deque()  # the first is in work, or about to be
         self.started_s: float | None = None  # when the first task was taken up
         self.is_proven = False  # whether this process has taken up a task
@@ -221,7 +231,10 @@ class _Worker:
         self._noise, their_noise = _SPAWN.Pipe(duplex=False)
         os.set_blocking(self._noise.fileno(), False)
         self._process = _SPAWN.Process(
-            target=_serve, args=(theirs, their_noise, *self._orders), name="coldframe-decode", daemon=True
+            target=_serve,
+            args=(theirs, their_noise, self._scratch, *self._orders),
+            name="coldframe-decode",
+            daemon=True,
         )
         with _sheltered():
             self._process.start()
@@ -235,6 +248,7 @@ class _Worker:
         self._process.close()
         self.pipe.close()
         self._noise.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)  # the killed could not
 
     def send(self, task: _Task) -> None:
         """Hand over a task and a slot for its pixels."""
@@ -318,6 +332,7 @@ def _sheltered() -> Iterator[None]:
 def _serve(
     pipe: Connection,
     noise: Connection,
+    scratch: Path,
     memory: Any,
     shape: tuple[int, ...],
     number: int,
@@ -326,6 +341,7 @@ def _serve(
 ) -> None:
     """Be a worker process: decode tasks until the parent closes the pipe, or dies."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    tempfile.tempdir = str(scratch)
     os.set_blocking(noise.fileno(), False)  # what nobody reads is dropped, never waited for
     for descriptor in (1, 2):  # not sys.stdout and sys.stderr, which may be closed
         os.dup2(noise.fileno(), descriptor)
@@ -357,7 +373,7 @@ def _attempt(decode: Decode, task: _Task, transform: TransformSpec) -> tuple[Dec
     try:
         answer = decode(task.path, task.frames, transform, task.start_s, task.end_s)
     except DecodeError as error:
-        answer = Failure(error.reason, task.attempts)
+        answer = Failure(error.reason, task.attempts, is_transient(error))
     except Exception as error:  # the one place that catches all: one video in one process
         answer = Failure(f"{type(error).__name__}: {error}".partition("\n")[0][:300], task.attempts)
     return answer, time.perf_counter() - began
