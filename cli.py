@@ -19,7 +19,7 @@ import typer
 
 from coldframe.data_manifests import datasets
 from coldframe.data_manifests.errors import ColdframeError, ConfigError
-from coldframe.data_manifests.locations import is_local, location
+from coldframe.data_manifests.locations import is_local, is_url, location
 
 if TYPE_CHECKING:
     from coldframe.data_manifests import Manifest
@@ -60,7 +60,15 @@ def path(text: str) -> Path:
         fail(str(error))  # of a ValueError typer shows no text
 
 
+def local_path(text: str | Path) -> Path:
+    """A path of this machine; a default is a path already."""
+    if is_url(str(text)):  # pathlib would make a folder named `s3:` of it
+        fail(f"runs and results are local: found {text}, expected a folder or file of this machine")
+    return Path(text)
+
+
 PLACE: dict[str, Any] = {"parser": path}
+LOCAL: dict[str, Any] = {"parser": local_path}
 Store = Annotated[Path, typer.Option("--store", "-s", help="The feature store, a folder or a URL.", **PLACE)]
 ManifestFile = Annotated[
     Path | None,
@@ -183,7 +191,7 @@ def inspect(
 def train_head(
     head: Annotated[str, typer.Argument(help="A head's name; `coldframe heads` lists them.")],
     store: Store,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: checkpoint, settings, history.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: checkpoint, settings, history.", **LOCAL)],
     manifest: ManifestFile = None,
     config: Annotated[Path | None, typer.Option("--config", help="A recipe: TOML with [head] and [train].")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")] = None,
@@ -219,7 +227,7 @@ def evaluate(
     protocol: Annotated[str, typer.Argument(help="closed_set, zero_shot or few_shot.")],
     store: Store,
     manifest: ManifestFile = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A run of train-head.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A run of train-head.", **LOCAL)] = None,
     head: Annotated[str | None, typer.Option(help="A head that needs no training: mean_pool, prototypes.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="A setting of the untrained head, key=value.")] = None,
     split: Annotated[str, typer.Option(help="The split that is scored.")] = "test",
@@ -234,7 +242,10 @@ def evaluate(
     metric: Annotated[str | None, typer.Option(help="few_shot: mean_cosine, otam, bi_mhm. (default: otam)")] = None,
     seed: Annotated[int | None, typer.Option(help="few_shot: of the episodes. (default: 0)")] = None,
     results: Annotated[
-        Path, typer.Option(help="Results are appended here, one JSON line each; episodes/ and details/ go beside it.")
+        Path,
+        typer.Option(
+            help="Results are appended here, one JSON line each; episodes/ and details/ go beside it.", **LOCAL
+        ),
     ] = Path("results.jsonl"),
     device: Device = "auto",
     as_json: Json = False,
@@ -286,7 +297,7 @@ def results(
 @manifests.command("folder", **about("From a folder of videos.", "manifest folder videos/ --out videos.csv"))
 def manifest_folder(
     root: Annotated[Path, typer.Argument(help="One sub-folder a class; or train/, val/, test/ above those.", **PLACE)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.", **PLACE)],
     test_fraction: Annotated[float, typer.Option(help="Share of each class for testing, where no test/ exists.")] = 0.2,
     val_fraction: Annotated[float, typer.Option(help="Share of each class for validation.")] = 0.1,
     group_by: Annotated[
@@ -308,7 +319,7 @@ def add_official(name: str) -> None:
     def command(
         root: Annotated[Path, typer.Argument(help="The folder of class folders.")],
         lists: Annotated[Path, typer.Option(help="The folder of official lists.")],
-        out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.")],
+        out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.", **PLACE)],
         fold: Annotated[int, typer.Option(help="Official fold.")] = 1,
         partial: Annotated[bool, typer.Option("--partial", help="Accept lists that are not complete.")] = False,
         as_json: Json = False,

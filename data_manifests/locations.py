@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -113,6 +114,8 @@ def reached(place: Path | str) -> Iterator[None]:
 
 def read_bytes(place: Path, start: int = 0) -> bytes:
     """The bytes of a file from `start` on; raises FileNotFoundError, of our kind for a URL."""
+    if is_local(place) and not start:
+        return place.read_bytes()
     if is_local(place):
         with place.open("rb") as file:
             file.seek(start)
@@ -120,6 +123,36 @@ def read_bytes(place: Path, start: int = 0) -> bytes:
     with reached(place):
         system, path = _file_system(str(place))
         return cast(bytes, system.cat_file(path, start=start or None))
+
+
+def file_size(place: Path) -> int:
+    """Bytes of a file; raises FileNotFoundError, of our kind for a URL."""
+    if is_local(place):
+        return place.stat().st_size
+    with reached(place):
+        system, path = _file_system(str(place))
+        return system.info(path)["size"]
+
+
+def changed_at(place: Path) -> datetime:
+    """When a file was written."""
+    if is_local(place):
+        return datetime.fromtimestamp(place.stat().st_mtime, UTC)
+    with reached(place):
+        system, path = _file_system(str(place))
+        return system.modified(path)
+
+
+def names_in(folder: Path) -> set[str]:
+    """What lies directly in a folder; nothing where there is no folder."""
+    try:
+        if is_local(folder):
+            return {path.name for path in folder.iterdir()}
+        with reached(folder):
+            system, path = _file_system(str(folder))
+            return {PurePosixPath(name).name for name in system.ls(path, detail=False)}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, memoryview]]) -> None:
@@ -213,6 +246,13 @@ def fetched(place: Path | str) -> Iterator[Path]:
         yield copy
     finally:
         copy.unlink(missing_ok=True)
+
+
+def write_bytes(to: Path, content: bytes) -> None:
+    """Write an object behind a URL; readers see the old one or the new one."""
+    with reached(to):
+        system, path = _file_system(str(to))
+        system.pipe_file(path, content)
 
 
 def upload(file: Path, to: Path) -> None:

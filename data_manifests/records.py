@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ColdframeError, UnknownName
-from .locations import exist, is_url, location, reached, without_file_scheme
+from .locations import exist, is_local, is_url, location, reached, scratch_folder, upload, without_file_scheme
 
 SPLITS = ("train", "val", "test")  # or "": in no split
 
@@ -71,15 +71,23 @@ class Manifest:
             return read(location(path), classes, root)
 
     def write(self, path: Path | str) -> None:
-        """Write a `.csv` or a `.parquet`; what is written can be read back.
+        """Write a `.csv` or a `.parquet`, perhaps to a URL; what is written can be read back.
 
         Raises:
             ManifestError: the manifest cannot be right, or a CSV cannot hold it.
             ConfigError: neither `.csv` nor `.parquet`.
+            LocationError: a URL that cannot be written.
         """
         from .tables import write
 
-        write(self, Path(path))
+        place = location(path)
+        if is_local(place):
+            write(self, place)
+            return
+        with scratch_folder() as here:
+            write(self, here / place.name)
+            for file in sorted(here.iterdir(), key=lambda file: file.name == place.name):  # the table last
+                upload(file, place.with_name(file.name))
 
     def check(self, where: Sequence[str] | None = None, *, allow_empty_classes: bool = False) -> Self:
         """Return the manifest if it can be right.

@@ -2,7 +2,7 @@
 
 00007-1f2e3d4c/
   features.zarr/    a plain zarr v3 group, one array a feature: frames of all ok videos, in the order of the rows
-  videos.parquet    one row a video
+  videos.parquet    one row a video; behind a URL, where no folder can be renamed into place, it arrives last
 """
 
 from __future__ import annotations
@@ -27,6 +27,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..data_manifests.locations import (
+    LocationError,
+    MissingError,
+    all_at_once,
+    is_alive,
+    is_local,
+    list_files,
+    read_bytes,
+    scratch_folder,
+    upload,
+    upload_folder,
+)
 from .arrays import ArrayFile, StoreError, checksum, write_arrays
 
 _NAME = re.compile(r"(\d{5,})-[0-9a-f]{8}")
@@ -82,6 +94,11 @@ class Shard:
         """Shards are numbered as they are written: of two rows of a video, the one in the higher number is newer."""
         return int(self.path.name.partition("-")[0])
 
+    @property
+    def table(self) -> Path:
+        """The file of the rows: where it is, the shard is whole."""
+        return self.path / _TABLE
+
     @functools.cached_property
     def first_frame(self) -> tuple[int, ...]:
         """Where each row's frames begin, and after the last row F."""
@@ -91,7 +108,8 @@ class Shard:
     def read(cls, path: Path) -> Self:
         """Read the rows of a shard; raises StoreError where they are missing or damaged."""
         try:
-            with pq.ParquetFile(path / _TABLE, page_checksum_verification=True) as file:
+            content = pa.BufferReader(read_bytes(path / _TABLE))
+            with pq.ParquetFile(content, page_checksum_verification=True) as file:
                 table = file.read()
             arrays = tuple(name.removeprefix(_SUM) for name in table.column_names if name.startswith(_SUM))
             sums = table.select([_SUM + name for name in arrays]).rename_columns(arrays).to_pylist()
@@ -110,8 +128,10 @@ class Shard:
             if array.n_frames != self.first_frame[-1]:
                 raise StoreError("another number of frames", seen=array.n_frames, wanted=self.first_frame[-1])
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # the system's word, not ours
-                raise StoreError(f"array {name} of shard {self.path} cannot be read: {error.strerror}") from error
+            is_lost = isinstance(error, LocationError) and not isinstance(error, MissingError)
+            if is_lost or (isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)):  # not our word
+                detail = getattr(error, "strerror", None) or error
+                raise StoreError(f"array {name} of shard {self.path} cannot be read: {detail}") from error
             ids = [row.video_id for row in self.rows if row.is_ok]
             more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
             raise StoreError(
@@ -123,12 +143,24 @@ class Shard:
 
 def committed(folder: Path) -> list[Path]:
     """The shards in a folder, oldest first; torn ones are not among them."""
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    if is_local(folder):
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    else:  # the rows of a shard arrive last
+        holders = [
+            folder / name.removesuffix(f"/{_TABLE}") for name in list_files(folder) if name.endswith(f"/{_TABLE}")
+        ]
+        found = [path for path in holders if _NAME.fullmatch(path.name) and path.parent == folder]
     return sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name))
 
 
+def read_shards(folder: Path) -> list[Shard]:
+    """Every committed shard of a folder, oldest first; raises StoreError where one cannot be read."""
+    found = committed(folder)
+    return [Shard.read(path) for path in found] if is_local(folder) else all_at_once(Shard.read, found)
+
+
 def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Mapping[str, Sequence[NDArray]]) -> Shard:
-    """Write a shard beside its place, have it on the disk, then rename it into place.
+    """Write a shard beside its place, have it on the disk, then rename it into place; or upload it, its rows last.
 
     Args:
         folder: of the store's shards.
@@ -139,6 +171,8 @@ def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Map
     Raises:
         StoreError: the disk is full or failing; nothing is left behind.
     """
+    if not is_local(folder):
+        return _upload_shard(folder, number, rows, arrays)
     rows = _with_checksums(rows, arrays)
     identity = json.dumps([(row.video_id, row.status, row.n_frames, dict(row.crc32c)) for row in rows])
     final = folder / f"{number:05d}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
@@ -165,18 +199,36 @@ def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Map
     return Shard(final, tuple(rows), tuple(arrays))
 
 
+def _upload_shard(
+    folder: Path, number: int, rows: Sequence[VideoRow], arrays: Mapping[str, Sequence[NDArray]]
+) -> Shard:
+    with scratch_folder() as here:
+        shard = write_shard(here, number, rows, arrays)
+        there = folder / shard.path.name
+        try:
+            upload_folder(shard.path, there, last=_TABLE)
+        except LocationError as error:
+            raise StoreError(f"a shard could not be written to {folder}: {error}") from error
+    return dataclasses.replace(shard, path=there)
+
+
 def remove_torn(folder: Path) -> None:
     """Delete what dead writers left half-written; one that may be alive keeps its folder."""
     for path in folder.glob(f"{_TORN}*"):
         name = _TORN_NAME.fullmatch(path.name)
         if name is None or name[1] != socket.gethostname():
             continue
-        if (pid := int(name[2])) == os.getpid() or not _is_alive(pid):
+        if (pid := int(name[2])) == os.getpid() or not is_alive(pid):
             shutil.rmtree(path)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Change a small file so that readers see the old one or the new one, whatever happens; `write` makes the new."""
+    if not is_local(path):
+        with scratch_folder() as here:
+            write(here / path.name)
+            upload(here / path.name, path)
+        return
     new = path.with_stem(f"{path.stem}.new")
     write(new)
     _sync(new)
@@ -226,13 +278,3 @@ def _disk_full(folder: Path, n_bytes: int) -> StoreError:
         wanted=f"{n_bytes:,} bytes for the next shard",
         fix="Free some space and run the same command again: what is committed stays.",
     )
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

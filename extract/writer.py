@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..data_manifests.locations import is_local, location, names_in
 from ..data_manifests.records import Manifest, listed
 from .arrays import Descriptor, StoreError
 from .catalogue import HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header
 from .journal import Journal
-from .shards import Shard, VideoRow, committed, remove_torn, replace_file, write_shard
+from .shards import VideoRow, committed, read_shards, remove_torn, replace_file, write_shard
 from .specs import FeatureSpec, TowerShape, canonical_features
 
 if TYPE_CHECKING:
@@ -68,19 +69,23 @@ class FeatureWriter:
             SpecMismatch: the store was made with another spec; names the field.
             StoreError: another writer is at work; the folder is something else; or the store is damaged.
         """
-        path, names = Path(path), canonical_features(features, shape.layers)
+        path, names = location(path), canonical_features(features, shape.layers)
         _refuse_other_folder(path)
-        (path / SHARDS).mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(path)
+        lock = None
+        if is_local(path):  # behind a URL two writers waste work, but lose none: no shard is written over
+            (path / SHARDS).mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(path)
         try:
-            remove_torn(path / SHARDS)
-            catalogue = Catalogue(map(Shard.read, committed(path / SHARDS)))
+            if lock:
+                remove_torn(path / SHARDS)
+            catalogue = Catalogue(read_shards(path / SHARDS))
             header = _new_header(path, spec, shape, names, manifest, catalogue)
             replace_file(path / MANIFEST, manifest.write)
             header.write(path)
             writer = cls(path, header, catalogue, manifest, names)
         except BaseException:
-            lock.close()  # a traceback that somebody keeps would hold it
+            if lock:
+                lock.close()  # a traceback that somebody keeps would hold it
             raise
         writer._lock, writer._shard_videos = lock, shard_videos or _SHARD_VIDEOS
         return writer
@@ -236,10 +241,11 @@ class ShardBuilder:
 
 def _refuse_other_folder(path: Path) -> None:
     """Refuse a folder that is neither a store, nor one that was just begun, nor empty."""
-    if (path / HEADER).exists() or not path.is_dir():
+    found = names_in(path)
+    if HEADER in found:
         return
     begun = {_LOCK, MANIFEST, *(() if committed(path / SHARDS) else (SHARDS,))}
-    if strangers := sorted(p.name for p in path.iterdir() if p.name not in begun and ".new." not in p.name):
+    if strangers := sorted(name for name in found if name not in begun and ".new." not in name):
         raise StoreError(
             f"{path} is neither a feature store nor empty", seen=listed(strangers), fix="Name a new folder."
         )
@@ -269,7 +275,7 @@ def _new_header(
 ) -> Header:
     """The header that a store shall have; refuses one that cannot go on as this spec or this manifest."""
     asked, created_at = names, datetime.now(UTC).isoformat(timespec="seconds")
-    stored = Header.read(path) if (path / HEADER).exists() else None
+    stored = Header.read(path) if HEADER in names_in(path) else None
     if stored and catalogue.shards:  # a store without a shard is bound to nothing
         stored.spec.expect(spec, f"the store {path}")
         _refuse_other_videos(_manifest_of(path, stored), manifest, catalogue)

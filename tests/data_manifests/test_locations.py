@@ -150,6 +150,10 @@ def test_a_manifest_and_its_videos_behind_a_url(root: str) -> None:
     assert (read.root, read.class_names) == (root, ("sit", "run"))
     with pytest.raises(FileNotFoundError):
         Manifest.read(f"{root}/absent.csv")
+    for name in ("copies/m.csv", "copies/m.parquet"):
+        read.write(f"{root}/{name}")
+        again = Manifest.read(f"{root}/{name}")
+        assert (again.root, again.class_names, again.records) == (read.root, read.class_names, read.records)
 
 
 def test_folders_of_splits_behind_a_url(root: str) -> None:
