@@ -317,7 +317,7 @@ def add_official(name: str) -> None:
     """Give a data set its command: `coldframe manifest NAME`."""
 
     def command(
-        root: Annotated[Path, typer.Argument(help="The folder of class folders.")],
+        root: Annotated[Path, typer.Argument(help="The folder of class folders.", **PLACE)],
         lists: Annotated[Path, typer.Option(help="The folder of official lists.")],
         out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.", **PLACE)],
         fold: Annotated[int, typer.Option(help="Official fold.")] = 1,
@@ -351,7 +351,7 @@ def manifest_check(
 
 @app.command(**about("See it work: no data, GPU or network.", "demo --out demo"))
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Everything goes here.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Everything goes here.", **LOCAL)] = Path("demo"),
     clips: Annotated[int, typer.Option(help="Clips of each motion class.", min=40)] = 60,
     quiet: Quiet = False,
 ) -> None:

@@ -87,7 +87,7 @@ def location(place: Path | str) -> Path:
 
 def is_local(place: Path) -> bool:
     """Whether a place is a folder or file of this machine."""
-    return isinstance(place, Path)
+    return not is_url(str(place))
 
 
 def refuse_unreachable(places: Iterable[str], n_workers: int) -> None:

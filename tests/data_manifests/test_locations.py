@@ -24,6 +24,7 @@ from coldframe.data_manifests.locations import (
     is_transient,
     list_files,
     location,
+    names_in,
     read_bytes,
     read_ranges,
     refuse_unreachable,
@@ -67,6 +68,9 @@ def test_a_url_keeps_its_slashes_and_its_odd_names(root: str) -> None:
     assert [read_bytes(place / name) for name in names] == [name.encode() for name in names]
     assert read_bytes(place / names[0], start=2) == b"1?.mp4"
     assert list_files(place) == sorted(names)
+    assert names_in(place) == {*names}
+    assert names_in(place.parent) == {"some folder"}
+    assert names_in(place / "nowhere") == set()
 
 
 def test_many_ranges_are_read_into_their_places(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
