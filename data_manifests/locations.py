@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from errno import ENOENT
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -45,6 +46,8 @@ class LocationError(ColdframeError, OSError):
 
 class MissingError(LocationError, FileNotFoundError):
     """There is nothing behind a URL."""
+
+    errno = ENOENT
 
 
 class TransientError(LocationError):
@@ -253,6 +256,27 @@ def write_bytes(to: Path, content: bytes) -> None:
     with reached(to):
         system, path = _file_system(str(to))
         system.pipe_file(path, content)
+
+
+def create(to: Path) -> None:
+    """Make an empty object behind a URL; raises FileExistsError where there is one: of several callers one makes it."""
+    with reached(to):
+        system, path = _file_system(str(to))
+        try:
+            system.pipe_file(path, b"", mode="create")
+        except FileExistsError:
+            exists = True
+        else:
+            exists = False
+    if exists:
+        raise FileExistsError(f"{to} exists")
+
+
+def remove(place: Path) -> None:
+    """Delete what is behind a URL."""
+    with reached(place):
+        system, path = _file_system(str(place))
+        system.rm_file(path)
 
 
 def upload(file: Path, to: Path) -> None:

@@ -9,6 +9,7 @@
     catalogue.py  which row of a video counts     tiny/          coldframe-tiny, the CLIP that ships with the package
     shards.py     one shard, both directions
     arrays.py     one array of it: raw zarr v3    journal.py     what happened, event by event
+    url_leases.py who may write, behind a URL
 
 House letters, in every shape and einops pattern of the project:
 `B` videos in the batch · `T` frames of a video · `F` frames of a shard · `L` tower blocks · `N` patch tokens of a frame ·
