@@ -13,6 +13,8 @@
     catalogue.py  which row of a video counts     leases.py      who may write what, at the same time
     shards.py     one shard, both directions      fleet.py       one command, several devices
     arrays.py     one array of it: raw zarr v3    journal.py     what happened, event by event
+    upkeep.py     verify, repair, compact, merge  url_leases.py leases, behind a URL
+
     exchange.py   a store as other files, and back  parcels.py     features on the way between the two
     hdf5.py       the only user of h5py           numpy_files.py .npy and .npz
     foreign.py    what somebody's arrays hold     foreign_labels.py  and what they say of the videos

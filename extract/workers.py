@@ -18,17 +18,20 @@ import math
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from ctypes import c_uint8
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -36,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data_manifests.errors import ConfigError
+from ..data_manifests.locations import file_size, is_url, location, scratch_folder
 from .crops import Picture
 from .frames import WHOLE, Crops, DecodedVideo, DecodeError, DecodeOptions, Sink, SourceError, decode
 from .specs import FrameSpec, TransformSpec
@@ -130,6 +134,7 @@ class DecodePool:
         self._decode = decode
         self._n_workers = workers
         self._workers: list[_Worker] = []
+        self._scratch = ExitStack()  # the folder of what workers fetch
         self._again: deque[_Task] = deque()  # to be dealt again before anything new
         self._stillborn = 0  # workers lost in a row before their first video
 
@@ -144,9 +149,13 @@ class DecodePool:
             # /dev/shm is too small for all slots the standard library takes the folder of temporary files.
             memory: Any = _SPAWN.RawArray(c_uint8, math.prod(shape))
             slots = np.frombuffer(memory, np.uint8).reshape(shape)
+            scratch = self._scratch.enter_context(scratch_folder())
             self._workers = [
                 _Worker(
-                    _Orders(memory, shape, number, self._transform, self._decode, self._memory_bytes), slots[number]
+                    _Orders(
+                        memory, shape, number, self._transform, self._decode, self._memory_bytes, scratch / str(number)
+                    ),
+                    slots[number],
                 )
                 for number in range(self._n_workers)
             ]
@@ -158,6 +167,7 @@ class DecodePool:
         for worker in self._workers:
             worker.stop()
         self._workers = []
+        self._scratch.close()
 
     def decode(self, jobs: Iterable[Job]) -> Iterator[tuple[str, Chunk | Answer]]:
         """Decode videos; they start in order and come back as they are done: parts of each, then its answer.
@@ -250,6 +260,7 @@ class _Orders(NamedTuple):
     transform: TransformSpec
     decode: Decode
     memory_bytes: int
+    scratch: Path  # for what it fetches; gone with the process
 
 
 class _Worker:
@@ -262,6 +273,7 @@ class _Worker:
 
     def _start(self) -> None:
         """Start a process that has no tasks."""
+        self._orders.scratch.mkdir()
         self.tasks: deque[_Task] = deque()  # the first is in work, or about to be
         self.progress_s: float | None = None  # when the first task was taken up, or last showed progress
         self.is_proven = False  # whether this process has taken up a task
@@ -289,6 +301,7 @@ class _Worker:
         self._process.close()
         self.pipe.close()
         self._noise.close()
+        shutil.rmtree(self._orders.scratch, ignore_errors=True)  # the killed could not
 
     def restart(self) -> None:
         """Replace the process."""
@@ -343,7 +356,9 @@ class _Worker:
         if time.monotonic() < self.deadline_s(timeout_s):
             return None
         reason = f"timed out after {timeout_s + self._patience_s:g} s"
-        return Failure(reason if self.progress_s is not None else "no sign of life")
+        if self.progress_s is None:
+            return Failure("no sign of life")
+        return Failure(reason, is_final=not is_url(self.tasks[0].job.path))  # a network may be to blame
 
     def _tell(self, message: object) -> None:
         with suppress(OSError):  # the process is gone: `hear` will find out
@@ -406,6 +421,7 @@ def _sheltered() -> Iterator[None]:
 def _serve(pipe: Connection, noise: Connection, orders: _Orders) -> None:
     """Be a worker process: decode tasks until the parent closes the pipe, or dies."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    tempfile.tempdir = str(orders.scratch)
     os.set_blocking(noise.fileno(), False)  # what nobody reads is dropped, never waited for
     for descriptor in (1, 2):  # not sys.stdout and sys.stderr, which may be closed
         os.dup2(noise.fileno(), descriptor)
@@ -416,6 +432,7 @@ def _serve(pipe: Connection, noise: Connection, orders: _Orders) -> None:
     with suppress(EOFError):
         while True:
             task = inbox.task()
+            pipe.send(_Started(time.monotonic(), 0))  # first: a server that is asked for the size may be slow
             pipe.send(_Started(time.monotonic(), _size(task.job.path)))
             sink = _SharedSink(slots, inbox)
             answer = _attempt(orders.decode, task, orders.transform, sink)
@@ -505,8 +522,8 @@ def _memory_bytes(field: int = 1) -> int:
 
 def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size  # noqa: PTH116
-    except OSError:
+        return file_size(location(path))
+    except (OSError, ConfigError):
         return 0
 
 
