@@ -39,6 +39,7 @@ def root(request: pytest.FixtureRequest) -> str:
     if request.param == "s3":
         return f"{request.getfixturevalue('bucket')}/some folder"
     fsspec.filesystem("memory").store.clear()
+    fsspec.filesystem("memory").pseudo_dirs[:] = [""]
     return "memory://some folder"
 
 

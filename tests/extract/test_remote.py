@@ -23,11 +23,15 @@ import pytest
 from coldframe.cli import main
 from coldframe.data_manifests import Manifest, VideoRecord, from_folder
 from coldframe.data_manifests.locations import list_files, location, read_bytes, write_bytes
-from coldframe.extract import FeatureStore, StoreError
+from coldframe.extract import FeatureStore, StoreError, upkeep
 from coldframe.extract.frames import Crops, DecodedVideo, DecodeError, SourceError, decode, write_video
 from coldframe.extract.journal import read_journal
+from coldframe.extract.leases import Part, live
+from coldframe.extract.shards import damage_of
+from coldframe.extract.space import free_bytes
 from coldframe.extract.specs import FrameSpec, TransformSpec
 from coldframe.extract.workers import Answer, Chunk, DecodePool, Failure, Job
+from coldframe.extract.writer import FeatureWriter
 
 from .conftest import Toy
 
@@ -220,6 +224,8 @@ def test_damage_behind_a_url_is_found(remote: Toy) -> None:
     whole = read_bytes(remote.path / name)
     write_bytes(remote.path / name, bytes([whole[0] ^ 1]) + whole[1:])
     assert FeatureStore.open(remote.path).bad_videos() == {"a.mp4": ("tokens.2",)}
+    report = upkeep.verify(remote.path, quiet=True)
+    assert (report.videos, report.is_sound, len(report.damage)) == ({"a.mp4": ("tokens.2",)}, False, 1)
     for damage in (whole[:-1], whole[:7], whole[:-5] + b"?" + whole[-4:]):
         write_bytes(remote.path / name, damage)
         with pytest.raises(StoreError, match=r"tokens.2 of shard .* is damaged"):
@@ -228,6 +234,61 @@ def test_damage_behind_a_url_is_found(remote: Toy) -> None:
     fsspec.filesystem(str(remote.path).partition("://")[0]).rm_file(str(remote.path / name))
     with pytest.raises(StoreError, match="is damaged: file is missing"):
         store.read("tokens.2", "a.mp4")
+
+
+def test_every_byte_behind_a_url_is_held_to_its_name(remote: Toy) -> None:
+    write_in_three_runs(remote)
+    sound = upkeep.verify(remote.path, quiet=True)
+    names = list_files(remote.path / "shards")
+    n_bytes = sum(len(read_bytes(remote.path / "shards" / name)) for name in names)
+    assert (sound.is_sound, sound.damage, sound.n_shards, sound.n_bytes) == (True, [], 7, n_bytes)
+    for name in names[:: len(names) // 8]:
+        place = remote.path / "shards" / name
+        whole = read_bytes(place)
+        write_bytes(place, whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert not upkeep.verify(remote.path, quiet=True).is_sound, name
+        write_bytes(place, whole)
+
+
+def test_writers_behind_a_url_keep_out_of_each_others_way(remote: Toy) -> None:
+    manifest, spec = remote.manifest(IDS), remote.spec()
+    with remote.open(IDS, ("embedding",)):
+        with pytest.raises(StoreError, match="another extract is writing this store"):
+            remote.open(IDS, ("embedding",))
+        with pytest.raises(StoreError, match="is writing"):
+            FeatureWriter.open(remote.path, spec, remote.shape, ("embedding",), manifest, part=Part(0, 2))
+    first, second = (
+        FeatureWriter.open(remote.path, spec, remote.shape, ("embedding",), manifest, part=Part(n, 2)) for n in (0, 1)
+    )
+    assert sorted(first.ids + second.ids) == list(IDS)
+    assert [holder.part for holder in live(remote.path)] == [Part(0, 2), Part(1, 2)]
+    first.close()
+    second.close()
+    assert live(remote.path) == []
+
+
+def test_a_preview_leaves_nothing_behind_a_url(remote: Toy) -> None:
+    manifest = remote.manifest(IDS)
+    found = FeatureWriter.preview(remote.path, remote.spec(), remote.shape, ("embedding",), manifest)
+    assert found.remaining() == list(IDS)
+    assert list_files(remote.path) == []
+    assert free_bytes(remote.path) is None
+
+
+def test_what_needs_a_local_store_says_so(remote: Toy, toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    there, here = remote.write(IDS).path, toy.write(IDS).path
+    before = list_files(there)
+    for arguments in (
+        ("verify", there, "--repair"),
+        ("compact", there),
+        ("merge", there, here),
+        ("merge", here, there),
+    ):
+        code, _, words = coldframe(capsys, *arguments)
+        assert (code, words.count("\n")) == (2, 1)
+        assert f"found {there}" in words
+        assert "Copy it to a local disk first" in words
+    assert list_files(there) == before
 
 
 def test_what_is_no_store_behind_a_url_is_refused(remote: Toy) -> None:
@@ -277,6 +338,11 @@ def test_a_network_that_fails_is_no_damage(bucket: str, monkeypatch: pytest.Monk
         store.read("tokens.2", "a.mp4")
     with pytest.raises(OSError, match=r"^network failure"):
         FeatureStore.open(bucket + "/store")
+    for shard in store.catalogue.shards:
+        with pytest.raises(OSError, match="network failure"):
+            list(damage_of(shard.path))
+        with pytest.raises(OSError, match=r"^network failure"):
+            type(shard).read(shard.path)
 
 
 # The program
@@ -288,6 +354,9 @@ def test_the_program_from_bucket_to_bucket(
     options = ("--model", "coldframe-tiny", "--features", "embedding,cls.-1", "--workers", "1", "--shard-videos", "2",
                "--quiet", "--json")  # fmt: skip
     store = f"{bucket}/stores/tiny"
+    code, costs, _ = coldframe(capsys, "plan", videos, "--store", store, *options)
+    assert (code, costs["n_todo"], costs["failures"], costs["fits"], costs["free_bytes"]) == (0, 3, {}, True, None)
+    assert list_files(location(f"{bucket}/stores")) == []
     code, report, _ = coldframe(capsys, "extract", videos, "--store", store, *options)
     assert (code, report["n_written"], report["store"]) == (0, 3, store)
     code, report, _ = coldframe(capsys, "extract", videos, "--store", store, *options)
