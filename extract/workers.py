@@ -273,7 +273,7 @@ class _Worker:
 
     def _start(self) -> None:
         """Start a process that has no tasks."""
-        self._orders.scratch.mkdir()
+        self._orders.scratch.mkdir(exist_ok=True)
         self.tasks: deque[_Task] = deque()  # the first is in work, or about to be
         self.progress_s: float | None = None  # when the first task was taken up, or last showed progress
         self.is_proven = False  # whether this process has taken up a task
