@@ -62,13 +62,13 @@ def path(text: str) -> Path:
     try:
         return location(text)
     except ConfigError as error:
-        fail(str(error))  # of a ValueError typer shows no text
+        raise ColdframeError(str(error)) from None  # of a ValueError typer shows no text
 
 
 def local_path(text: str | Path) -> Path:
     """A path of this machine; a default is a path already."""
     if is_url(str(text)):  # pathlib would make a folder named `s3:` of it
-        fail(f"runs and results are local: found {text}, expected a folder or file of this machine")
+        raise ColdframeError("runs and results are local", seen=text, wanted="a folder or file of this machine")
     return Path(text)
 
 
