@@ -23,6 +23,7 @@ import typer
 
 from coldframe.data_manifests import datasets
 from coldframe.data_manifests.errors import ColdframeError, ConfigError, UnknownName
+from coldframe.data_manifests.locations import is_local, is_url, location, refuse_url
 
 if TYPE_CHECKING:
     from coldframe.data_manifests import Manifest
@@ -54,10 +55,31 @@ app.add_typer(manifests, name="manifest")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Store = Annotated[Path, typer.Option("--store", "-s", help="The feature store, a folder.")]
+
+
+def path(text: str) -> Path:
+    """A path or a URL, of whose slashes pathlib would keep one."""
+    try:
+        return location(text)
+    except ConfigError as error:
+        raise ColdframeError(str(error)) from None  # of a ValueError typer shows no text
+
+
+def local_path(text: str | Path) -> Path:
+    """A path of this machine; a default is a path already."""
+    if is_url(str(text)):  # pathlib would make a folder named `s3:` of it
+        raise ColdframeError("runs and results are local", seen=text, wanted="a folder or file of this machine")
+    return Path(text)
+
+
+PLACE: dict[str, Any] = {"parser": path}
+LOCAL: dict[str, Any] = {"parser": local_path}
+Store = Annotated[Path, typer.Option("--store", "-s", help="The feature store, a folder or a URL.", **PLACE)]
 ManifestFile = Annotated[
     Path | None,
-    typer.Option("--manifest", "-m", help="Other labels or splits for the same videos (default: the store's own)."),
+    typer.Option(
+        "--manifest", "-m", help="Other labels or splits for the same videos (default: the store's own).", **PLACE
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto (cuda where there is one), cpu, cuda, cuda:1, mps.")]
 Templates = Annotated[
@@ -77,7 +99,10 @@ class Extraction:
     """What is to be extracted, and how: the options that `extract` and `plan` share."""
 
     videos: Annotated[
-        Path, typer.Argument(help="A folder with one sub-folder a class, or a manifest (.csv, .parquet).")
+        Path,
+        typer.Argument(
+            help="A folder with one sub-folder a class, or a manifest (.csv, .parquet); or the URL of either.", **PLACE
+        ),
     ]
     model: Annotated[str, typer.Option(help="An open_clip model, or coldframe-tiny.")] = "ViT-B-16-quickgelu"
     pretrained: Annotated[
@@ -254,7 +279,7 @@ def extract(asked: Extraction, store: Store, as_json: Json = False, quiet: Quiet
 def plan(
     asked: Extraction,
     store: Annotated[
-        Path, typer.Option("--store", "-s", help="Where it would go; what is there is not counted.")
+        Path, typer.Option("--store", "-s", help="Where it would go; what is there is not counted.", **PLACE)
     ] = Path("store"),
     sample: Annotated[
         int | None, typer.Option(help="Videos to decode and time. (default: 16, or two a worker)", min=1)
@@ -284,7 +309,7 @@ def plan(
 
 @app.command(**about("What is in a store.", "inspect store --json"))
 def inspect(
-    store: Annotated[Path, typer.Argument(help="The feature store.")],
+    store: Annotated[Path, typer.Argument(help="The feature store.", **PLACE)],
     as_json: Json = False,
 ) -> None:
     """What is in a store: tower, sampling, features and their size, videos, and what failed and why."""
@@ -294,7 +319,7 @@ def inspect(
 
 @app.command(**about("Hold a store to what was written, and mend it.", "verify store --deep --sample 0.01"))
 def verify(
-    store: Annotated[Path, typer.Argument(help="The feature store.")],
+    store: Annotated[Path, typer.Argument(help="The feature store.", **PLACE)],
     deep: Annotated[
         bool, typer.Option("--deep", help="Also decode videos again, by another decoder, encode them again, compare.")
     ] = False,
@@ -310,6 +335,8 @@ def verify(
     from coldframe.extract.catalogue import Header
     from coldframe.extract.workers import cores
 
+    if repair:
+        refuse_url(store, "repair")
     report = upkeep.verify(store, quiet=quiet)
     if deep or (repair and report.damage):
         made_by = Header.read(store).spec.tower
@@ -327,7 +354,9 @@ def verify(
 
 @app.command(**about("Fold small and half-dead shards into full ones.", "compact store"))
 def compact(
-    store: Annotated[Path, typer.Argument(help="The feature store.")], as_json: Json = False, quiet: Quiet = False
+    store: Annotated[Path, typer.Argument(help="The feature store.", **PLACE)],
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write what is alive in small and half-dead shards into full ones. Close what reads the store first."""
     from coldframe.extract import upkeep
@@ -338,8 +367,8 @@ def compact(
 
 @app.command(**about("Add other stores to a store.", "merge store node1/store node2/store"))
 def merge(
-    store: Annotated[Path, typer.Argument(help="The store that grows.")],
-    others: Annotated[list[Path], typer.Argument(help="Stores of the same settings; they stay as they are.")],
+    store: Annotated[Path, typer.Argument(help="The store that grows.", **PLACE)],
+    others: Annotated[list[Path], typer.Argument(help="Stores of the same settings; they stay as they are.", **PLACE)],
     as_json: Json = False,
 ) -> None:
     """Add the videos and features of other stores; files are linked, not copied, where the file system can."""
@@ -352,9 +381,9 @@ def merge(
 
 @app.command(**about("Write a store as HDF5, webdataset or npy files.", "export store --to features.h5"))
 def export(
-    store: Annotated[Path, typer.Argument(help="The feature store.")],
+    store: Annotated[Path, typer.Argument(help="The feature store.", **PLACE)],
     to: Annotated[
-        Path, typer.Option(help="FILE.h5, FILE.tar (webdataset), or a folder (an .npy a video and feature).")
+        Path, typer.Option(help="FILE.h5, FILE.tar (webdataset), or a folder (an .npy a video and feature).", **PLACE)
     ],
     features: Annotated[str, typer.Option(help="Only these. (default: all that every video has)")] = "",
     split: Annotated[str | None, typer.Option(help="Only train, val or test. (default: every video)")] = None,
@@ -372,10 +401,10 @@ def export(
 
 @app.command("import", **about("Make a store of features you already have.", "import features.h5 --store store"))
 def import_(
-    source: Annotated[Path, typer.Argument(help="FILE.h5, FILE.npz, or a folder of .npy or .npz files.")],
+    source: Annotated[Path, typer.Argument(help="FILE.h5, FILE.npz, or a folder of .npy or .npz files.", **PLACE)],
     store: Store,
     manifest: Annotated[
-        Path | None, typer.Option("--manifest", "-m", help="Labels and splits, by id or by name of file.")
+        Path | None, typer.Option("--manifest", "-m", help="Labels and splits, by id or by name of file.", **PLACE)
     ] = None,
     feature: Annotated[
         str | None, typer.Option("--as", help="What the numbers are: embedding, cls.K, tokens.K. (default: embedding)")
@@ -415,7 +444,7 @@ def import_(
 def train_head(
     head: Annotated[str, typer.Argument(help="A head's name; `coldframe heads` lists them.")],
     store: Store,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: checkpoint, settings, history.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: checkpoint, settings, history.", **LOCAL)],
     manifest: ManifestFile = None,
     config: Annotated[Path | None, typer.Option("--config", help="A recipe: TOML with [head] and [train].")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")] = None,
@@ -451,7 +480,7 @@ def evaluate(
     protocol: Annotated[str, typer.Argument(help="closed_set, zero_shot or few_shot.")],
     store: Store,
     manifest: ManifestFile = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A run of train-head.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A run of train-head.", **LOCAL)] = None,
     head: Annotated[str | None, typer.Option(help="A head that needs no training: mean_pool, prototypes.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="A setting of the untrained head, key=value.")] = None,
     split: Annotated[str, typer.Option(help="The split that is scored.")] = "test",
@@ -466,7 +495,10 @@ def evaluate(
     metric: Annotated[str | None, typer.Option(help="few_shot: mean_cosine, otam, bi_mhm. (default: otam)")] = None,
     seed: Annotated[int | None, typer.Option(help="few_shot: of the episodes. (default: 0)")] = None,
     results: Annotated[
-        Path, typer.Option(help="Results are appended here, one JSON line each; episodes/ and details/ go beside it.")
+        Path,
+        typer.Option(
+            help="Results are appended here, one JSON line each; episodes/ and details/ go beside it.", **LOCAL
+        ),
     ] = Path("results.jsonl"),
     device: Device = "auto",
     as_json: Json = False,
@@ -517,8 +549,8 @@ def results(
 
 @manifests.command("folder", **about("From a folder of videos.", "manifest folder videos/ --out videos.csv"))
 def manifest_folder(
-    root: Annotated[Path, typer.Argument(help="One sub-folder a class; or train/, val/, test/ above those.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.")],
+    root: Annotated[Path, typer.Argument(help="One sub-folder a class; or train/, val/, test/ above those.", **PLACE)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.", **PLACE)],
     test_fraction: Annotated[float, typer.Option(help="Share of each class for testing, where no test/ exists.")] = 0.2,
     val_fraction: Annotated[float, typer.Option(help="Share of each class for validation.")] = 0.1,
     group_by: Annotated[
@@ -538,9 +570,9 @@ def add_official(name: str) -> None:
     """Give a data set its command: `coldframe manifest NAME`."""
 
     def command(
-        root: Annotated[Path, typer.Argument(help="The folder of class folders.")],
+        root: Annotated[Path, typer.Argument(help="The folder of class folders.", **PLACE)],
         lists: Annotated[Path, typer.Option(help="The folder of official lists.")],
-        out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.")],
+        out: Annotated[Path, typer.Option("--out", "-o", help="The manifest to write: .csv or .parquet.", **PLACE)],
         fold: Annotated[int, typer.Option(help="Official fold.")] = 1,
         partial: Annotated[bool, typer.Option("--partial", help="Accept lists that are not complete.")] = False,
         as_json: Json = False,
@@ -558,7 +590,7 @@ for dataset in datasets.names():
 
 @manifests.command("check", **about("Read a manifest and look for its files.", "manifest check videos.csv"))
 def manifest_check(
-    file: Annotated[Path, typer.Argument(help="A manifest, or a folder of videos.")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="A manifest, or a folder of videos.", **PLACE)], as_json: Json = False
 ) -> None:
     """Read a manifest as `extract` would, and look for every file it names."""
     made = open_manifest(file)
@@ -591,7 +623,7 @@ def doctor(
 
 @app.command(**about("See it work: no data, GPU or network.", "demo --out demo"))
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Everything goes here.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Everything goes here.", **LOCAL)] = Path("demo"),
     clips: Annotated[int, typer.Option(help="Clips of each motion class.", min=40)] = 60,
     quiet: Quiet = False,
 ) -> None:
@@ -738,6 +770,8 @@ def open_manifest(path: Path | None, store: FeatureStore | None = None) -> Manif
 
     if path is None and store is not None:
         return store.manifest
+    if path is not None and not is_local(path):
+        return Manifest.read(path) if path.suffix in (".csv", ".parquet") else from_folder(path)
     if path is None or not (path.is_dir() or path.is_file()):
         raise ConfigError("no such folder or manifest", seen=path, fix="Name a folder of videos, a .csv or a .parquet.")
     return from_folder(path) if path.is_dir() else Manifest.read(path)

@@ -4,6 +4,7 @@ records.py    VideoRecord, Manifest: checked, fingerprinted     splits.py    see
 tables.py     manifests as CSV and Parquet files                episodes.py  few-shot episode lists
 folder.py     a folder of videos → Manifest                     datasets/    official lists → Manifest, one file each
 drawn.py      drawn clips, where there are no data              errors.py    every error a user can cause
+locations.py  folders of this machine, and URLs
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
     ├── UnknownName(LookupError)       no such head, protocol, dataset, model, feature              (here)
     ├── ManifestError(ValueError)      a manifest that cannot be right; gives line numbers          (records.py)
     ├── SpecMismatch(ValueError)       store or checkpoint made otherwise than expected             (extract/specs.py)
+    ├── LocationError(OSError)         a URL that cannot be read or written                         (locations.py)
     ├── StoreError(OSError)            missing, truncated or corrupt store                          (extract/arrays.py)
     ├── DecodeError(OSError)           one video; recorded with its reason, never ends a run        (extract/frames.py)
     ├── TowerError(ValueError)         weights that cannot be loaded or do not fit the model        (extract/weights.py)

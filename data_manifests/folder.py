@@ -1,4 +1,7 @@
-"""A manifest of a folder of videos: `ROOT/class/**/video`, or `ROOT/{train,val,test}/class/**/video`."""
+"""A manifest of a folder of videos: `ROOT/class/**/video`, or `ROOT/{train,val,test}/class/**/video`.
+
+The folder may be a URL, below which a folder is what its files' names say: an empty one does not exist.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from .errors import ConfigError
+from .locations import is_local, list_files, location
 from .records import Manifest, ManifestError, VideoRecord, absolute_root, listed
 from .splits import draw_splits
 
@@ -33,7 +37,7 @@ def from_folder(
     skipped, and so is everything that has no video's extension.
 
     Args:
-        root: the folder.
+        root: the folder, or its URL.
         test_fraction: share of each class for testing, where splits are drawn.
         val_fraction: share of each class for validation, where splits are drawn.
         seed: of the drawn splits.
@@ -43,14 +47,16 @@ def from_folder(
     Raises:
         ManifestError: the root is not a folder, holds no video, has an empty class, or mixes splits with classes.
         ConfigError: impossible fractions, or an expression that is broken or matches nothing.
+        LocationError: a URL that cannot be listed.
     """
-    top = Path(root)
-    ids = _videos(top)
-    folders = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    top = location(root)
+    files = _files(top)
+    ids = _videos(top, files)
+    folders = _folders(top, files)
     has_splits = _are_splits(folders, top)
     depth = 1 if has_splits else 0  # of the class's folder in the path
     labelled = {video_id: parts[depth] for video_id in ids if len(parts := video_id.split("/")) > depth + 1}
-    _refuse_empty_classes(top, folders, has_splits, set(labelled.values()))
+    _refuse_empty_classes(top, files, folders if has_splits else [""], set(labelled.values()))
     class_names = tuple(sorted(set(labelled.values())))
     label_of = {name: label for label, name in enumerate(class_names)}
     groups = _groups(ids, group_by)
@@ -65,17 +71,13 @@ def from_folder(
         for video_id in ids
     )
     # Checked before splits are drawn: drawing needs names that can be encoded, and makes nothing that was right wrong.
-    manifest = Manifest(top.resolve().name, absolute_root(top), class_names, records).check()
+    name = top.resolve().name if is_local(top) else PurePosixPath(str(top)).name
+    manifest = Manifest(name, absolute_root(top), class_names, records).check()
     return manifest if has_splits else draw_splits(manifest, test_fraction, val_fraction, seed)
 
 
-def _videos(top: Path) -> list[str]:
-    """Paths of all videos relative to the top, sorted."""
-    if not top.exists():
-        raise ManifestError("the folder of videos does not exist", seen=top)
-    if not top.is_dir():
-        raise ManifestError("a folder of videos was expected", seen=f"the file {top}", fix="Name its folder.")
-    files = sorted(_files(top))
+def _videos(top: Path, files: list[str]) -> list[str]:
+    """Those of the files that are videos."""
     videos = [file for file in files if PurePosixPath(file).suffix.lower() in VIDEO_EXTENSIONS]
     if not videos:
         kinds = Counter(PurePosixPath(file).suffix.lower() or "no extension" for file in files)
@@ -87,8 +89,31 @@ def _videos(top: Path) -> list[str]:
     return videos
 
 
-def _files(top: Path) -> Iterator[str]:
-    """Paths of all files relative to the top; links to folders are followed, hidden names are not."""
+def _files(top: Path) -> list[str]:
+    """Paths of all files relative to the top, sorted; hidden ones and those in hidden folders are left out."""
+    if not is_local(top):
+        return [file for file in list_files(top) if not any(part.startswith(".") for part in file.split("/"))]
+    if not top.exists():
+        raise ManifestError("the folder of videos does not exist", seen=top)
+    if not top.is_dir():
+        raise ManifestError("a folder of videos was expected", seen=f"the file {top}", fix="Name its folder.")
+    return sorted(_walk(top))
+
+
+def _folders(top: Path, files: list[str], below: str = "") -> list[str]:
+    """Names of the folders of the top, or below one of its folders, sorted; those without a file too where it is local."""
+    if is_local(top):
+        names = {entry.name for entry in (top / below).iterdir() if entry.is_dir()}
+    else:
+        inner = [
+            file.removeprefix(below).lstrip("/") for file in files if file.startswith(f"{below}/" if below else "")
+        ]
+        names = {file.partition("/")[0] for file in inner if "/" in file}
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _walk(top: Path) -> Iterator[str]:
+    """Every file of a local folder; links to folders are followed, hidden names are not."""
 
     def refuse(error: OSError) -> None:
         raise error  # os.walk would pass over a folder that may not be read
@@ -115,10 +140,9 @@ def _are_splits(folders: list[str], top: Path) -> bool:
     return bool(splits)
 
 
-def _refuse_empty_classes(top: Path, folders: list[str], has_splits: bool, found: set[str]) -> None:
-    holders = [top / name for name in folders] if has_splits else [top]
-    named = {entry.name for holder in holders for entry in holder.iterdir() if entry.is_dir()}
-    if empty := sorted(name for name in named - found if not name.startswith(".")):
+def _refuse_empty_classes(top: Path, files: list[str], holders: list[str], found: set[str]) -> None:
+    named = {name for holder in holders for name in _folders(top, files, holder)}
+    if empty := sorted(named - found):
         raise ManifestError(
             f"class folders without a video: {listed(empty)}",
             wanted=f"files in {' '.join(sorted(VIDEO_EXTENSIONS))}",

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ColdframeError, UnknownName
+from .locations import exist, is_local, is_url, location, reached, scratch_folder, upload, without_file_scheme
 
 SPLITS = ("train", "val", "test")  # or "": in no split
 
@@ -53,7 +54,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path | str, classes: Sequence[str] | None = None, root: Path | str | None = None) -> Manifest:
-        """Read and check a `.csv` or `.parquet`; `tables.py` tells the format.
+        """Read and check a `.csv` or `.parquet`, perhaps behind a URL; `tables.py` tells the format.
 
         Args:
             classes: class names in the order of their labels; may not contradict a class list that the file has.
@@ -62,21 +63,31 @@ class Manifest:
         Raises:
             ManifestError: the file cannot be right; the message names the lines.
             ConfigError: neither `.csv` nor `.parquet`.
+            LocationError: a URL that cannot be read.
         """
         from .tables import read  # that file stands on this one
 
-        return read(Path(path), classes, root)
+        with reached(path):
+            return read(location(path), classes, root)
 
     def write(self, path: Path | str) -> None:
-        """Write a `.csv` or a `.parquet`; what is written can be read back.
+        """Write a `.csv` or a `.parquet`, perhaps to a URL; what is written can be read back.
 
         Raises:
             ManifestError: the manifest cannot be right, or a CSV cannot hold it.
             ConfigError: neither `.csv` nor `.parquet`.
+            LocationError: a URL that cannot be written.
         """
         from .tables import write
 
-        write(self, Path(path))
+        place = location(path)
+        if is_local(place):
+            write(self, place)
+            return
+        with scratch_folder() as here:
+            write(self, here / place.name)
+            for file in sorted(here.iterdir(), key=lambda file: file.name == place.name):  # the table last
+                upload(file, place.with_name(file.name))
 
     def check(self, where: Sequence[str] | None = None, *, allow_empty_classes: bool = False) -> Self:
         """Return the manifest if it can be right.
@@ -149,9 +160,14 @@ class Manifest:
         return record.path if is_url(record.path) else posixpath.join(self.root, record.path)
 
     def missing_files(self) -> list[str]:
-        """Ids of the records whose file does not exist; URLs are not looked up."""
-        places = ((r.video_id, self.path_of(r)) for r in self.records)
-        return [video_id for video_id, place in places if not is_url(place) and not Path(place).is_file()]
+        """Ids of the records whose file does not exist; raises LocationError where a URL cannot be looked up."""
+        places = [self.path_of(r) for r in self.records]
+        remote = exist([place for place in places if is_url(place)])
+        return [
+            r.video_id
+            for r, place in zip(self.records, places, strict=True)
+            if not (remote[place] if is_url(place) else Path(place).is_file())
+        ]
 
     def describe(self) -> str:
         """Two or three lines for people."""
@@ -173,12 +189,8 @@ class Manifest:
 
 def absolute_root(root: Path | str) -> str:
     """A root as manifests hold it: absolute, with forward slashes; a URL as it is."""
-    return str(root) if is_url(str(root)) else Path(root).absolute().as_posix()
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is a URL, such as s3://bucket/video.mp4."""
-    return "://" in path and _URL.match(path) is not None
+    root = without_file_scheme(str(root))
+    return root if is_url(root) else Path(root).absolute().as_posix()
 
 
 def relative_to_root(path: str, root: str) -> str | None:
@@ -214,7 +226,6 @@ _FIXES = {
     "the same video twice": "Keep one row of each video or segment.",
     "classes that no video has": "Add their videos, or take them off the class list.",
 }
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # breaks a line, or cannot be encoded
 _Rows = Sequence[tuple[str, VideoRecord]]
 

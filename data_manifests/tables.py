@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import ConfigError
+from .locations import is_local
 from .records import Manifest, ManifestError, VideoRecord, absolute_root, is_url, listed, relative_to_root
 
 COLUMNS = ("video_id", "path", "label", "split", "group", "start_s", "end_s", "captions")
@@ -113,10 +114,10 @@ def _sidecar(path: Path, kind: str, text: str) -> None:
 
 def _read_sidecar(path: Path, kind: str) -> list[str] | None:
     file = path.with_suffix(f".{kind}.txt")
-    if not file.is_file():
-        return None
     try:
         return file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        return None
     except UnicodeDecodeError as error:
         raise ManifestError(f"{file.name} is not UTF-8: {error.reason}") from None
 
@@ -266,4 +267,7 @@ def _root_from(path: Path, carried: Mapping[str, Any], given: Path | str | None)
     if given is not None:
         return absolute_root(given)
     root = carried.get("root") or (_read_sidecar(path, "root") or ["."])[0]
-    return absolute_root(root if is_url(root) else path.parent / root)
+    if is_url(root) or root.startswith("/"):
+        return absolute_root(root)
+    folder = path.parent / root
+    return absolute_root(folder if is_local(folder) else folder.resolve())

@@ -13,6 +13,8 @@
     catalogue.py  which row of a video counts     leases.py      who may write what, at the same time
     shards.py     one shard, both directions      fleet.py       one command, several devices
     arrays.py     one array of it: raw zarr v3    journal.py     what happened, event by event
+    upkeep.py     verify, repair, compact, merge  url_leases.py  leases, behind a URL
+
     doctor.py     whether this machine is fit     machine.py     what it is
     exchange/     a store as other files, and others' files as a store
 

@@ -16,7 +16,7 @@ import math
 import os
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data_manifests.errors import ColdframeError
+from ..data_manifests.locations import LocationError, file_size, is_url, read_bytes, read_ranges
 
 # An absent frame reads as NaN in other libraries, never as a plausible zero; 0x7FC0 is bfloat16's.
 _FILL = {"uint16": 0x7FC0, "float16": math.nan, "float32": math.nan, "float64": math.nan}
@@ -54,7 +55,7 @@ class ArrayFile:
             StoreError: of another layout, truncated, corrupt.
             OSError, ValueError: files that are absent or no JSON.
         """
-        meta = json.loads((folder / "zarr.json").read_bytes())
+        meta = json.loads(read_bytes(folder / "zarr.json"))
         match meta:
             case {
                 "shape": [n_frames, *frame],
@@ -90,6 +91,12 @@ class ArrayFile:
     def checksum(self, first: int, n_frames: int) -> int:
         """crc32c of some frames' bytes, read a little at a time; of what there is where the file ends too soon."""
         left, crc = n_frames * self.frame_bytes, 0
+        if is_url(self.path):
+            for start in range(first * self.frame_bytes, first * self.frame_bytes + left, 1 << 24):
+                part = bytearray(min(first * self.frame_bytes + left - start, 1 << 24))
+                read_ranges([(self.path, start, memoryview(part))])
+                crc = google_crc32c.extend(crc, bytes(part))
+            return crc
         with open(self.path, "rb", buffering=0) as file:  # noqa: PTH123
             file.seek(first * self.frame_bytes)
             while left and (read := file.read(min(left, 1 << 24))):
@@ -112,6 +119,19 @@ class FrameReader:
 
     def __init__(self, max_open: int = 64) -> None:
         self._opened = functools.lru_cache(maxsize=max_open)(Descriptor)
+
+    def read_all(self, reads: Iterable[tuple[ArrayFile, int, memoryview]]) -> None:
+        """Fill each target (bytes) from a frame on; what lies behind URLs is asked for at once."""
+        remote: list[tuple[str, int, memoryview]] = []
+        for array, first, target in reads:
+            if is_url(array.path):
+                remote.append((array.path, first * array.frame_bytes, target))
+            else:
+                self.read_into(array, first, target)
+        try:
+            read_ranges(remote)
+        except LocationError as error:
+            raise StoreError(str(error)) from error
 
     def read_into(self, array: ArrayFile, first: int, target: memoryview) -> None:
         """Fill `target` (bytes) from frame `first` on; raises StoreError where the file ends too soon."""
@@ -234,12 +254,11 @@ def _check_index(file: Path, n_chunks: int, chunk_bytes: int) -> None:
 
     The index ends the file: n × (offset, bytes) as little-endian uint64, then the crc32c of that.
     """
-    size, wanted = file.stat().st_size, n_chunks * (chunk_bytes + 16) + 4
+    size, wanted = file_size(file), n_chunks * (chunk_bytes + 16) + 4
     if size != wanted:
         raise StoreError(f"{file} is truncated or grown", seen=f"{size} bytes", wanted=f"{wanted} bytes")
-    with file.open("rb") as opened:
-        opened.seek(n_chunks * chunk_bytes)
-        index, stated = opened.read(16 * n_chunks), opened.read()
+    tail = read_bytes(file, start=n_chunks * chunk_bytes)
+    index, stated = tail[:-4], tail[-4:]
     if google_crc32c.value(index) != int.from_bytes(stated, "little"):
         raise StoreError(f"the index of {file} is corrupt")
     if index != _index(n_chunks, chunk_bytes).tobytes():

@@ -7,6 +7,8 @@ STORE/
   journal/            see journal.py
   text/               class names through the text tower, see text.py
   leases/             who is writing, see leases.py; readers need none
+
+Behind a URL the same objects; a shard is there when its rows are, which arrive last.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..data_manifests.errors import ConfigError
+from ..data_manifests.locations import LocationError, is_local, read_bytes
 from ..data_manifests.records import Manifest, ManifestError
 from .arrays import ArrayFile, StoreError, item_bytes
 from .shards import Shard, VideoRow, replace_file
@@ -50,10 +53,12 @@ class Header:
             StoreError: no store, of a format version that this release does not read, or damaged.
         """
         path = store / HEADER
-        if not path.is_file():
-            raise StoreError(f"{store} is not a feature store: {_what_it_is(store)}")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            text = read_bytes(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise StoreError(f"{store} is not a feature store: {_what_it_is(store)}") from None
+        try:
+            data = json.loads(text)
             spec = FeatureSpec.from_json(data["spec"])
             shape = data["shape"] | {"grid": tuple(data["shape"]["grid"])}
             header = cls(
@@ -95,10 +100,12 @@ class Header:
     def read_manifest(self, store: Path) -> Manifest:
         """The manifest of the store; raises StoreError if it is not the one that the header names."""
         path, fix = store / MANIFEST, "Run the same extract command again."
-        if not path.is_file():
-            raise StoreError(f"{path} is missing", fix=fix)
         try:
             manifest = Manifest.read(path)
+        except FileNotFoundError:
+            raise StoreError(f"{path} is missing", fix=fix) from None
+        except LocationError:
+            raise  # to a writer it would look lost, and be replaced
         except (OSError, ManifestError) as error:
             raise StoreError(f"{path} cannot be read: {error}", fix=fix) from error
         if manifest.fingerprint != self.manifest_fingerprint:
@@ -183,6 +190,8 @@ def _version(row: VideoRow) -> tuple[Any, ...]:
 
 def _what_it_is(path: Path) -> str:
     """The likeliest reason why there is no header at a path, and what to do."""
+    if not is_local(path):
+        return f"there is no {HEADER}. Make one with: coldframe extract VIDEOS --store {path}"
     if not path.exists():
         return "there is no such folder. Make one with: coldframe extract VIDEOS --store STORE"
     if not path.is_dir():

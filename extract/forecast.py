@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data_manifests.errors import ConfigError
+from ..data_manifests.locations import names_in, refuse_unreachable
 from ..data_manifests.records import Manifest
 from .catalogue import HEADER, Header
 from .frames import DecodedVideo
@@ -56,7 +57,7 @@ class Forecast:
     feature_bytes: dict[str, int]  # that the store gains
     other_bytes: int  # times, indices, rows
     total_bytes: Estimate
-    free_bytes: int
+    free_bytes: int | None  # None behind a URL
     memory_bytes: dict[str, int]  # feature → of all videos, once all is done
     machine_bytes: int
     decode_s: Estimate  # by all workers together, on their own
@@ -79,7 +80,7 @@ class Forecast:
     @property
     def fits(self) -> bool:
         """Whether the disk has room."""
-        return self.total_bytes.value <= self.free_bytes
+        return self.free_bytes is None or self.total_bytes.value <= self.free_bytes
 
     @property
     def bottleneck(self) -> str | None:
@@ -129,7 +130,8 @@ class Forecast:
         lines += [("" if i else "disk", f"{name:<{width}}  {readable(n):>8}") for i, (name, n) in enumerate(sizes)]
         more = f" ± {readable(self.total_bytes.plus_minus)}" if self.total_bytes.plus_minus else ""
         lines.append(("", f"{'total':<{width}}  {readable(self.total_bytes.value):>8}{more}"))
-        lines.append(("free", f"{readable(self.free_bytes)} at {self.store}: {self._room()}"))
+        if self.free_bytes is not None:
+            lines.append(("free", f"{readable(self.free_bytes)} at {self.store}: {self._room(self.free_bytes)}"))
         lines += [("memory", line) for line in self._memory()]
         rate = f"{self.n_todo / max(self.decode_s.value, 1e-9):.1f} videos/s, {self.workers} workers"
         held = f" and batches of {self.batch_frames}" if self.device != "cpu" else ""
@@ -145,10 +147,10 @@ class Forecast:
         ]
         return _table(lines)
 
-    def _room(self) -> str:
+    def _room(self, free_bytes: int) -> str:
         if not self.fits:
-            return f"IT DOES NOT FIT, {readable(self.total_bytes.value - self.free_bytes)} ARE MISSING"
-        if self.total_bytes.value + self.total_bytes.plus_minus > self.free_bytes:
+            return f"IT DOES NOT FIT, {readable(self.total_bytes.value - free_bytes)} ARE MISSING"
+        if self.total_bytes.value + self.total_bytes.plus_minus > free_bytes:
             return "IT MAY NOT FIT"
         return "it fits"
 
@@ -188,6 +190,7 @@ def forecast(
     if n_sample < 1:
         raise ConfigError("a forecast needs a sample", seen=f"sample={n_sample}", wanted="1 video or more")
     refuse_flips(spec, manifest)
+    refuse_unreachable(map(manifest.path_of, manifest.records), options.workers)
     names = canonical_features(features, tower.shape.layers)
     writer = FeatureWriter.preview(
         store, spec, spec.shape_of(tower.shape), names, manifest,
@@ -261,7 +264,7 @@ def tower_of_the_same_cost(model: str, pretrained: str | None, precision: str, d
 
 def spec_of_stand_in(spec: FeatureSpec, store: Path) -> FeatureSpec:
     """The spec that a store would be asked for by the true weights of a tower, of which only a stand-in is here."""
-    if not (store / HEADER).exists():
+    if HEADER not in names_in(store):
         return spec
     stored, mine = Header.read(store).spec.tower, spec.tower
     return dataclasses.replace(spec, tower=dataclasses.replace(stored, model=mine.model, precision=mine.precision))

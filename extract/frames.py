@@ -46,6 +46,7 @@ from av.stream import Disposition
 from numpy.typing import ArrayLike, NDArray
 
 from ..data_manifests.errors import ColdframeError
+from ..data_manifests.locations import LocationError, MissingError, TransientError, fetched
 from .crops import Crop, Picture, cropper
 from .sampling import Times, Views, sample
 from .specs import FrameSpec, TransformSpec
@@ -156,6 +157,7 @@ def decode(
     """Sample, decode and crop one video, or the part of it with start_s ≤ time < end_s.
 
     Args:
+        path: of a file, or a URL, from which a temporary copy is made.
         sink: is given each distinct crop once, in the order of time.
         key: the video's id, on which random frames and crops depend.
         views: numbers of the views wanted; None is all.
@@ -164,6 +166,33 @@ def decode(
         DecodeError: it is no video, it is damaged, or no frame lies in the part asked for.
         SourceError: there is no such file, or it cannot be read now.
     """
+    with _at_hand(path) as file:
+        return _decode(file, frames, transform, sink, key, start_s, end_s, views, options)
+
+
+@contextmanager
+def _at_hand(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A local file with the bytes of a video; raises DecodeError, or SourceError where they may come back."""
+    try:
+        with fetched(os.fspath(path)) as file:
+            yield file
+    except LocationError as error:
+        may_come_back = isinstance(error, (MissingError, TransientError))
+        raise (SourceError if may_come_back else DecodeError)(str(error)) from error
+
+
+def _decode(
+    path: Path,
+    frames: FrameSpec,
+    transform: TransformSpec,
+    sink: Sink,
+    key: str,
+    start_s: float | None,
+    end_s: float | None,
+    views: Sequence[int] | None,
+    options: DecodeOptions,
+) -> DecodedVideo:
+    """Do what `decode` promises with a local file."""
     content_sha256, source_bytes = _digest(path)
     source = _inspect(os.path.abspath(path))  # noqa: PTH100 - a name such as `12:30.mp4` is no protocol
     if source.problem and (options.salvage is None or source.kept < options.salvage):

@@ -6,6 +6,7 @@
 A writer whose file is locked is alive: the system lets go when a process dies, however it dies. Where the file system
 has no locks, or keeps them to each machine, the age of the file tells: by the clock of the file system, since machines
 disagree. Gates are numbered upwards and the last one stays, so a turn that was lost is never mistaken for the next.
+Behind a URL it is the same without locks, see url_leases.py.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from ..data_manifests.errors import ConfigError
+from ..data_manifests.locations import is_local
 from .arrays import Descriptor, StoreError
+from .url_leases import UrlFolder
 
 LEASES = "leases"
 
@@ -102,6 +105,7 @@ class Holder:
         return who if self.part == WHOLE else f"part {self.part}, {who}"
 
 
+@runtime_checkable
 class Folder(Protocol):
     """What leases need of the place where they lie; `LocalFolder` is a folder of the file system.
 
@@ -468,7 +472,9 @@ def _remove(folder: Folder, name: str) -> None:
 
 
 def _folder_of(store: Path | Folder) -> Folder:
-    return LocalFolder(store / LEASES) if isinstance(store, Path) else store
+    if isinstance(store, Folder):
+        return store
+    return (LocalFolder if is_local(store) else UrlFolder)(store / LEASES)
 
 
 def _no_part(seen: str) -> ConfigError:

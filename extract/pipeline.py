@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data_manifests.errors import ConfigError
+from ..data_manifests.locations import refuse_unreachable
 from ..data_manifests.records import Manifest, listed
 from .arrays import StoreError
 from .compress import fidelity, pool_tokens, rounded
@@ -164,11 +165,13 @@ def extract(
         SpecMismatch: the store was made with another spec.
         StoreError: the store cannot be written; the shards committed so far stay.
         DecodeError: a video cannot be read, and the options say to stop there.
-        ConfigError: mirrored crops of classes that tell left from right, or frames of imported features.
+        ConfigError: mirrored crops of classes that tell left from right, frames of imported features, or URLs that this
+            installation cannot read.
     """
     options = options or ExtractOptions()
     _refuse_imported(spec)
     refuse_flips(spec, manifest)
+    refuse_unreachable(map(manifest.path_of, manifest.records), options.workers)
     report = ExtractReport(store)
     started = time.perf_counter()
     asked = canonical_features(features, tower.shape.layers)

@@ -5,7 +5,8 @@
   videos.parquet    one row a view of a video, with a checksum of its bytes in each array
   SHA256SUMS        of every other file, as sha256sum writes it; the folder's name ends in the digits of this file's own
 
-So every byte of a shard is held to something: to its name, or to a file that is held to its name.
+So every byte of a shard is held to something: to its name, or to a file that is held to its name. Behind a URL, where no
+folder can be renamed into place, the rows arrive last.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import shlex
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,6 +31,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..data_manifests.locations import (
+    LocationError,
+    all_at_once,
+    is_alive,
+    is_local,
+    is_out_of_reach,
+    is_url,
+    list_files,
+    read_bytes,
+    scratch_folder,
+    upload,
+    upload_folder,
+)
 from .arrays import ArrayFile, StoreError, checksum, write_arrays
 
 SALVAGED = 0.95  # a video with a smaller share of its frames is damaged
@@ -92,6 +106,11 @@ class Shard:
         """Shards are numbered as they are written: of two rows of a video, the one in the higher number is newer."""
         return int(self.path.name.partition("-")[0])
 
+    @property
+    def table(self) -> Path:
+        """The file of the rows: where it is, the shard is whole."""
+        return self.path / _TABLE
+
     @functools.cached_property
     def first_frame(self) -> tuple[int, ...]:
         """Where each row's frames begin, and after the last row F."""
@@ -101,7 +120,8 @@ class Shard:
     def read(cls, path: Path) -> Self:
         """Read the rows of a shard; raises StoreError where they are missing or damaged."""
         try:
-            with pq.ParquetFile(path / _TABLE, page_checksum_verification=True) as file:
+            content = pa.BufferReader(read_bytes(path / _TABLE))
+            with pq.ParquetFile(content, page_checksum_verification=True) as file:
                 table = file.read()
             arrays = tuple(name.removeprefix(_SUM) for name in table.column_names if name.startswith(_SUM))
             sums = table.select([_SUM + name for name in arrays]).rename_columns(arrays).to_pylist()
@@ -111,6 +131,8 @@ class Shard:
                 for row, crc32c in zip(table.select(columns).to_pylist(), sums, strict=True)
             )
         except (OSError, KeyError, TypeError, pa.ArrowException) as error:
+            if is_out_of_reach(error):
+                raise
             raise StoreError(f"the rows of shard {path} cannot be read: {error}", fix=_repair(path)) from error
         return cls(path, rows, arrays)
 
@@ -121,8 +143,10 @@ class Shard:
             if array.n_frames != self.first_frame[-1]:
                 raise StoreError("another number of frames", seen=array.n_frames, wanted=self.first_frame[-1])
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # the system's word, not ours
-                raise StoreError(f"array {name} of shard {self.path} cannot be read: {error.strerror}") from error
+            is_lost = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)  # not our word
+            if is_lost or is_out_of_reach(error):
+                detail = getattr(error, "strerror", None) or error
+                raise StoreError(f"array {name} of shard {self.path} cannot be read: {detail}") from error
             ids = [row.video_id for row in self.rows if row.is_ok]
             more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
             raise StoreError(
@@ -158,21 +182,36 @@ def damage_of(path: Path) -> Iterator[Damage]:
         try:
             array = shard.array(name)
         except StoreError as error:
+            if is_out_of_reach(error):
+                raise
             yield Damage(path.name, str(error), name)
             continue
-        for number, row in enumerate(shard.rows):
-            if row.is_ok and array.checksum(shard.first_frame[number], row.n_frames) != row.crc32c[name]:
+        ok = [(number, shard.first_frame[number], row) for number, row in enumerate(shard.rows) if row.is_ok]
+        for (number, _, row), crc in zip(ok, _checksums(array, [(at, row.n_frames) for _, at, row in ok]), strict=True):
+            if crc != row.crc32c[name]:
                 yield Damage(path.name, f"{name} of {row.video_id!r} is not what was written", name, number)
 
 
 def committed(folder: Path) -> list[Path]:
     """The shards in a folder, oldest first; torn ones are not among them."""
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    if is_local(folder):
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    else:  # the rows of a shard arrive last
+        holders = [
+            folder / name.removesuffix(f"/{_TABLE}") for name in list_files(folder) if name.endswith(f"/{_TABLE}")
+        ]
+        found = [path for path in holders if _NAME.fullmatch(path.name) and path.parent == folder]
     return sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name))
 
 
+def read_shards(folder: Path) -> list[Shard]:
+    """Every committed shard of a folder, oldest first; raises StoreError where one cannot be read."""
+    found = committed(folder)
+    return [Shard.read(path) for path in found] if is_local(folder) else all_at_once(Shard.read, found)
+
+
 def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Mapping[str, Sequence[NDArray]]) -> Shard:
-    """Write a shard beside its place, have it on the disk, then rename it into place.
+    """Write a shard beside its place, have it on the disk, then rename it into place; or upload it, its rows last.
 
     Args:
         folder: of the store's shards.
@@ -183,6 +222,8 @@ def write_shard(folder: Path, number: int, rows: Sequence[VideoRow], arrays: Map
     Raises:
         StoreError: the disk is full or failing; nothing is left behind.
     """
+    if not is_local(folder):
+        return _upload_shard(folder, number, rows, arrays)
     rows = _with_checksums(rows, arrays)
     torn = _torn(folder, number)
     n_bytes = sum(part.nbytes for parts in arrays.values() for part in parts)
@@ -237,18 +278,36 @@ def remove_shard(path: Path) -> None:
     shutil.rmtree(torn)
 
 
+def _upload_shard(
+    folder: Path, number: int, rows: Sequence[VideoRow], arrays: Mapping[str, Sequence[NDArray]]
+) -> Shard:
+    with scratch_folder() as here:
+        shard = write_shard(here, number, rows, arrays)
+        there = folder / shard.path.name
+        try:
+            upload_folder(shard.path, there, last=_TABLE)
+        except LocationError as error:
+            raise StoreError(f"a shard could not be written to {folder}: {error}") from error
+    return dataclasses.replace(shard, path=there)
+
+
 def remove_torn(folder: Path) -> None:
     """Delete what dead writers left half-written; one that may be alive keeps its folder."""
     for path in folder.glob(f"{_TORN}*"):
         name = _TORN_NAME.fullmatch(path.name)
         if name is None or name[1] != socket.gethostname():
             continue
-        if (pid := int(name[2])) == os.getpid() or not _is_alive(pid):
+        if (pid := int(name[2])) == os.getpid() or not is_alive(pid):
             shutil.rmtree(path)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Change a small file so that readers see the old one or the new one, whatever happens; `write` makes the new."""
+    if not is_local(path):
+        with scratch_folder() as here:
+            write(here / path.name)
+            upload(here / path.name, path)
+        return
     new = path.with_stem(f"{path.stem}.new")
     write(new)
     _sync(new)
@@ -287,12 +346,21 @@ def _write_sums(torn: Path, arrays: Sequence[str]) -> str:
     return _sha256("".join(lines).encode())[:8]
 
 
+def _checksums(array: ArrayFile, spans: Sequence[tuple[int, int]]) -> Iterable[int]:
+    """Checksums of spans of frames; those behind a URL are asked for at once."""
+    if is_url(array.path):
+        return all_at_once(lambda span: array.checksum(*span), spans)
+    return (array.checksum(*span) for span in spans)
+
+
 def _changed_files(path: Path) -> Iterator[Damage]:
     """Hold a shard's small files to their digests, and these to the folder's name."""
     try:
-        listed = (path / _SUMS).read_bytes()
+        listed = read_bytes(path / _SUMS)
     except OSError as error:
-        yield Damage(path.name, f"{_SUMS} cannot be read: {error.strerror}")
+        if is_out_of_reach(error):
+            raise
+        yield Damage(path.name, f"{_SUMS} cannot be read: {error.strerror or error}")
         return
     if not path.name.endswith(_sha256(listed)[:8]):
         yield Damage(path.name, f"{_SUMS} is not what was written")
@@ -300,8 +368,10 @@ def _changed_files(path: Path) -> Iterator[Damage]:
     for line in listed.decode().splitlines():
         digest, _, name = line.partition("  ")
         try:
-            is_changed = _sha256((path / name).read_bytes()) != digest
-        except OSError:
+            is_changed = _sha256(read_bytes(path / name)) != digest
+        except OSError as error:
+            if is_out_of_reach(error):
+                raise
             is_changed = True
         if is_changed:
             parts = name.split("/")
@@ -342,13 +412,3 @@ def _disk_full(folder: Path, n_bytes: int) -> StoreError:
         wanted=f"{n_bytes:,} bytes for the next shard",
         fix="Free some space and run the same command again: what is committed stays.",
     )
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..data_manifests.locations import is_local
 from .frames import DecodedVideo, DecodeOptions, probe
 from .progress import Progress
 from .sampling import generator
@@ -63,8 +64,10 @@ def promised_lengths(
     return found
 
 
-def free_bytes(path: Path) -> int:
-    """Free space where a folder is, or will be."""
+def free_bytes(path: Path) -> int | None:
+    """Free space where a folder is, or will be; None where that is behind a URL."""
+    if not is_local(path):
+        return None
     place = path.absolute()
     while not place.exists():
         place = place.parent

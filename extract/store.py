@@ -9,7 +9,6 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -20,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..data_manifests.locations import all_at_once, changed_at, is_local, location
 from ..data_manifests.records import Manifest
 from .arrays import ArrayFile, BatchMemory, FrameReader, StoreError, bytes_of, checksum
 from .catalogue import MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
 from .compress import restored
-from .shards import SALVAGED, Damage, Shard, VideoRow, committed, damage_of
+from .shards import SALVAGED, Damage, VideoRow, damage_of, read_shards
 from .specs import IMPORTED, FeatureSpec, SpecMismatch, TowerShape, arrays_of, canonical_feature, canonical_features
 from .writer import FeatureWriter, ShardBuilder
 
@@ -56,7 +56,7 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: Path | str, expect: FeatureSpec | None = None, *, check: bool = True) -> Self:
-        """Open a store for reading.
+        """Open a store for reading, in a folder or behind a URL.
 
         Args:
             expect: refuse a store that was made otherwise.
@@ -65,15 +65,23 @@ class FeatureStore:
         Raises:
             StoreError: no store, of an unknown format version, or damaged.
             SpecMismatch: not what `expect` says; names the field.
+            LocationError: a URL that cannot be read.
         """
-        path = Path(path)
-        store = cls(path, Header.read(path), Catalogue(map(Shard.read, committed(path / SHARDS))))
+        path = location(path)
+        store = cls(path, Header.read(path), Catalogue(read_shards(path / SHARDS)))
         if expect is not None:
             store.spec.expect(expect, f"the store {path}")
         if check:
-            for name, held in store.catalogue.holders.items():
-                for shard in sorted({shard for shard, _ in held.values()}):
-                    store._array(shard, name)
+            arrays = [
+                (shard, name)
+                for name, held in store.catalogue.holders.items()
+                for shard in sorted({shard for shard, _ in held.values()})
+            ]
+            if is_local(path):
+                for array in arrays:
+                    store._array(*array)
+            else:
+                all_at_once(lambda array: store._array(*array), arrays)
         return store
 
     @property
@@ -342,7 +350,9 @@ class FeatureStore:
             "n_shards": len(shards),
             "created_at": self._header.created_at,
             "created_by": self._header.created_by,
-            "changed_at": _utc(shards[-1].path) if shards else self._header.created_at,
+            "changed_at": changed_at(shards[-1].table).isoformat(timespec="seconds")
+            if shards
+            else self._header.created_at,
         }
 
     def describe(self) -> str:
@@ -419,10 +429,14 @@ class FeatureStore:
     def _fill(self, frames: Tensor, name: str, keys: Sequence[Key], begins: Iterable[int]) -> None:
         """Read each view into `frames` [F, ...], from the frame on where it begins."""
         memory, held = bytes_of(frames), self.catalogue.holders.get(name, {})
-        for (number, row), begin in sorted(zip((held[key] for key in keys), begins, strict=True)):
-            array, shard = self._array(number, name), self.catalogue.shards[number]
-            target = memory[begin * array.frame_bytes :][: shard.rows[row].n_frames * array.frame_bytes]
-            self._reader.read_into(array, shard.first_frame[row], target)
+
+        def reads() -> Iterator[tuple[ArrayFile, int, memoryview]]:
+            for (number, row), begin in sorted(zip((held[key] for key in keys), begins, strict=True)):
+                array, shard = self._array(number, name), self.catalogue.shards[number]
+                target = memory[begin * array.frame_bytes :][: shard.rows[row].n_frames * array.frame_bytes]
+                yield array, shard.first_frame[row], target
+
+        self._reader.read_all(reads())
 
     def _is_small(self, name: str) -> bool:
         """Whether a feature is held in memory: one vector a frame, and not too many of them."""
@@ -454,8 +468,3 @@ class FeatureStore:
     @cached_property
     def _n_frames(self) -> int:
         return sum(row.n_frames for row in self.catalogue.rows())
-
-
-def _utc(path: Path) -> str:
-    """When a file or folder was last changed."""
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")

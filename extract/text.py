@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data_manifests.errors import ConfigError, UnknownName
+from ..data_manifests.locations import fetched, is_local, location, scratch_folder, upload
 from .towers import Tower
 from .weights import weights_sha256
 
@@ -94,7 +95,7 @@ def encode_classes(
     """
     chosen = _templates(templates)
     sentences = [[template.replace("{}", name) for template in chosen] for name in _readable_names(class_names)]
-    embedding = _cached(tower, sentences, Path(cache_dir).expanduser()) if cache_dir else _embed(tower, sentences)
+    embedding = _cached(tower, sentences, location(cache_dir).expanduser()) if cache_dir else _embed(tower, sentences)
     return TextFeatures(tuple(class_names), chosen, embedding, tower.logit_scale, tower.spec.weights_sha256)
 
 
@@ -159,7 +160,7 @@ def _cached(tower: Tower, sentences: list[list[str]], cache_dir: Path) -> Tensor
 def _read(path: Path, identity: str) -> Tensor | None:
     """The embedding in a cache file, or None where it is absent, damaged or of something else."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with fetched(path) as local, safe_open(local, framework="pt") as file:
             metadata = file.metadata() or {}
             embedding = file.get_tensor("embedding")
     except (OSError, SafetensorError):
@@ -170,9 +171,14 @@ def _read(path: Path, identity: str) -> Tensor | None:
 
 def _write(path: Path, identity: str, embedding: Tensor) -> None:
     """Keep an embedding where that is possible; a folder that is full or read-only costs time, not the run."""
-    ours = path.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole, so that no reader meets half a file
+    if not is_local(path):
+        with suppress(OSError), scratch_folder() as here:
+            _write(here / path.name, identity, embedding)
+            upload(here / path.name, path)
+        return
     kept = {"embedding": embedding.cpu().contiguous()}
     metadata = {"identity": identity, "sha256": weights_sha256(kept)}
+    ours = path.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole, so that no reader meets half a file
     with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data_manifests.records import Manifest, VideoRecord, is_url, listed
+from ..data_manifests.locations import folder_bytes, is_url, location, refuse_url
+from ..data_manifests.records import Manifest, VideoRecord, listed
 from .arrays import StoreError, checksum
 from .catalogue import MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, Place
 from .leases import Lease
@@ -105,12 +106,13 @@ def verify(store: Path, *, quiet: bool = False) -> VerifyReport:
     Raises:
         StoreError: no store, or a header or manifest that is damaged.
     """
+    store = location(store)
     Header.read(store).read_manifest(store)
     report, paths = VerifyReport(store), committed(store / SHARDS)
     with Progress(len(paths), "shards", quiet=quiet) as progress:
         for path in paths:
             report.damage += damage_of(path)
-            report.n_bytes += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            report.n_bytes += folder_bytes(path)
             progress.update(damaged=len(report.damage))
     report.n_shards = len(paths)
     report.videos = {video_id: tuple(sorted(arrays)) for video_id, arrays in sorted(_untrusted(store, report).items())}
@@ -162,6 +164,7 @@ def repair(store: Path, tower: Tower, report: VerifyReport, options: ExtractOpti
         SpecMismatch: the tower is not the one that made the store.
         StoreError: somebody is writing the store.
     """
+    refuse_url(store, "repair")
     header, options = Header.read(store), options or ExtractOptions()
     lost = sorted({damage.shard for damage in report.damage if damage.is_unreadable})
     with Lease.take(store):
@@ -191,6 +194,7 @@ def compact(store: Path, *, quiet: bool = False) -> tuple[int, int]:
     Raises:
         StoreError: somebody is writing the store; or it is damaged, and must be repaired first.
     """
+    refuse_url(store, "compact")
     with Lease.take(store):
         remove_torn(store / SHARDS)
         catalogue = FeatureStore.open(store).catalogue
@@ -210,6 +214,8 @@ def merge(store: Path, others: Sequence[Path]) -> int:
         SpecMismatch: they were not made alike.
         StoreError: one id stands for two videos; or somebody is writing the store.
     """
+    for place in (store, *others):
+        refuse_url(place, "merge")
     n_added = 0
     with Lease.take(store):
         for other in others:
@@ -380,10 +386,15 @@ def _union(ours: FeatureStore, theirs: FeatureStore) -> Manifest:
     """
     mine, other = ours.manifest, theirs.manifest
     names = tuple(dict.fromkeys((*mine.class_names, *other.class_names)))
-    root = mine.root if mine.root == other.root else os.path.commonpath([mine.root, other.root])
+    local = [root for root in dict.fromkeys((mine.root, other.root)) if not is_url(root)]
+    root = mine.root if mine.root == other.root or not local else os.path.commonpath(local)
 
     def moved(manifest: Manifest, record: VideoRecord) -> VideoRecord:
-        path = record.path if is_url(record.path) else posixpath.relpath(manifest.path_of(record), root)
+        path = manifest.path_of(record)
+        if not is_url(path):
+            path = posixpath.relpath(path, root)
+        elif manifest.root == root:
+            path = record.path
         label = None if record.label is None else names.index(manifest.class_names[record.label])
         return dataclasses.replace(record, path=path, label=label)
 

@@ -22,18 +22,21 @@ import multiprocessing
 import os
 import queue
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from ctypes import c_uint8
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -41,6 +44,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data_manifests.errors import ConfigError
+from ..data_manifests.locations import file_size, is_url, location, scratch_folder
 from .crops import Picture
 from .frames import WHOLE, DecodedVideo, DecodeError, DecodeOptions, SourceError, decode
 from .specs import FrameSpec, TransformSpec
@@ -142,6 +146,7 @@ class DecodePool:
         self._decode = decode
         self._n_workers = workers
         self._workers: list[_Worker] = []
+        self._scratch = ExitStack()  # the folder of what workers fetch
         self._again: deque[_Task] = deque()  # to be dealt again before anything new
         self._stillborn = 0  # workers lost in a row before their first video
 
@@ -153,9 +158,12 @@ class DecodePool:
             # /dev/shm is too small for all slots the standard library takes the folder of temporary files.
             memory: Any = _SPAWN.RawArray(c_uint8, math.prod(shape))
             slots = np.frombuffer(memory, np.uint8).reshape(shape)
+            scratch = self._scratch.enter_context(scratch_folder())
             try:
                 for number in range(self._n_workers):
-                    orders = _Orders(memory, shape, number, self._transform, self._decode, self._memory_bytes)
+                    orders = _Orders(
+                        memory, shape, number, self._transform, self._decode, self._memory_bytes, scratch / str(number)
+                    )
                     self._workers.append(_Worker(orders, slots[number]))
             except BaseException:
                 self._stop()
@@ -179,6 +187,7 @@ class DecodePool:
         for worker in self._workers:
             worker.stop()
         self._workers = []
+        self._scratch.close()
 
     def decode(self, jobs: Iterable[Job]) -> Iterator[tuple[str, Chunk | Answer]]:
         """Decode videos; they start in order and come back as they are done: parts of each, then its answer.
@@ -301,6 +310,7 @@ class _Orders(NamedTuple):
     transform: TransformSpec
     decode: Decode
     memory_bytes: int
+    scratch: Path  # for what it fetches; gone with the process
 
 
 class _Worker:
@@ -313,6 +323,7 @@ class _Worker:
 
     def _start(self) -> None:
         """Start a process that has no tasks."""
+        self._orders.scratch.mkdir(exist_ok=True)
         self.tasks: deque[_Task] = deque()  # the first is in work, or about to be
         self.progress_s: float | None = None  # when the first task was taken up, or last showed progress
         self.is_proven = False  # whether this process has taken up a task
@@ -343,6 +354,7 @@ class _Worker:
             self._process.close()
         self.pipe.close()
         self._noise.close()
+        shutil.rmtree(self._orders.scratch, ignore_errors=True)  # the killed could not
 
     def restart(self) -> None:
         """Replace the process."""
@@ -409,7 +421,11 @@ class _Worker:
         if time.monotonic() < self.deadline_s(timeout_s):
             return None
         reason = f"timed out after {timeout_s + self._patience_s:g} s"
-        return Failure(reason if self.progress_s is not None else "no sign of life", seconds=spent_s)
+        if self.progress_s is None:
+            return Failure("no sign of life", seconds=spent_s)
+        return Failure(
+            reason, is_final=not is_url(self.tasks[0].job.path), seconds=spent_s
+        )  # a network may be to blame
 
     def _tell(self, message: object) -> None:
         with suppress(OSError):  # the process is gone: `hear` will find out
@@ -471,6 +487,7 @@ def _sheltered() -> Iterator[None]:
 def _serve(pipe: Connection, noise: Connection, orders: _Orders) -> None:
     """Be a worker process: decode tasks until the parent closes the pipe, or dies."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    tempfile.tempdir = str(orders.scratch)
     os.set_blocking(noise.fileno(), False)  # what nobody reads is dropped, never waited for
     for descriptor in (1, 2):  # not sys.stdout and sys.stderr, which may be closed
         os.dup2(noise.fileno(), descriptor)
@@ -662,8 +679,8 @@ def _peak_bytes() -> int:
 
 def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size  # noqa: PTH116
-    except OSError:
+        return file_size(location(path))
+    except (OSError, ConfigError):
         return 0
 
 

@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data_manifests.records import Manifest, is_url, listed
+from ..data_manifests.locations import is_local, is_url, location, names_in
+from ..data_manifests.records import Manifest, listed
 from .arrays import StoreError
 from .catalogue import HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
 from .compress import rounded
 from .journal import Journal
 from .leases import LEASES, WHOLE, Lease, Part, exclusive, live
-from .shards import Shard, VideoRow, committed, remove_torn, replace_file, write_shard
+from .shards import VideoRow, committed, read_shards, remove_torn, replace_file, write_shard
 from .specs import FeatureSpec, FrameSpec, TowerShape, arrays_of, canonical_features
 
 if TYPE_CHECKING:
@@ -83,14 +84,16 @@ class FeatureWriter:
             SpecMismatch: the store was made with another spec; names the field.
             StoreError: another writer is at this part; the folder is something else; or the store is damaged.
         """
-        path, names = Path(path), canonical_features(features, shape.layers)
+        path, names = location(path), canonical_features(features, shape.layers)
         _refuse_other_folder(path)
-        (path / SHARDS).mkdir(parents=True, exist_ok=True)
+        if is_local(path):
+            (path / SHARDS).mkdir(parents=True, exist_ok=True)
         lease = Lease.take(path, part)
         try:
             with exclusive(path) as turn:
-                remove_torn(path / SHARDS)
-                catalogue = Catalogue(map(Shard.read, committed(path / SHARDS)))
+                if is_local(path):
+                    remove_torn(path / SHARDS)
+                catalogue = Catalogue(read_shards(path / SHARDS))
                 others = len(live(path)) - 1
                 header = _new_header(path, spec, shape, names, manifest, catalogue, others)
                 turn.check()
@@ -121,9 +124,9 @@ class FeatureWriter:
         Raises:
             SpecMismatch, StoreError: as `open`.
         """
-        path, names = Path(path), canonical_features(features, shape.layers)
+        path, names = location(path), canonical_features(features, shape.layers)
         _refuse_other_folder(path)
-        catalogue = Catalogue(map(Shard.read, committed(path / SHARDS)))
+        catalogue = Catalogue(read_shards(path / SHARDS))
         header = _new_header(path, spec, shape, names, manifest, catalogue, others=0)
         writer = cls(path, header, catalogue, manifest, names, part, lease=None)
         writer._shard_videos = shard_videos or SHARD_VIDEOS
@@ -404,10 +407,11 @@ class ShardBuilder:
 
 def _refuse_other_folder(path: Path) -> None:
     """Refuse a folder that is neither a store, nor one that was just begun, nor empty."""
-    if (path / HEADER).exists() or not path.is_dir():
+    found = names_in(path)
+    if HEADER in found:
         return
     begun = {LEASES, MANIFEST, *(() if committed(path / SHARDS) else (SHARDS,))}
-    if strangers := sorted(p.name for p in path.iterdir() if p.name not in begun and ".new." not in p.name):
+    if strangers := sorted(name for name in found if name not in begun and ".new." not in name):
         raise StoreError(
             f"{path} is neither a feature store nor empty", seen=listed(strangers), fix="Name a new folder."
         )
@@ -427,7 +431,7 @@ def _new_header(
     While `others` write other parts, the spec and the manifest must be theirs.
     """
     asked, created_at = names, datetime.now(UTC).isoformat(timespec="seconds")
-    stored = Header.read(path) if (path / HEADER).exists() else None
+    stored = Header.read(path) if HEADER in names_in(path) else None
     if stored and others and stored.manifest_fingerprint != manifest.fingerprint:
         raise StoreError(
             f"{path} is being written by {others} others from another manifest",

@@ -24,6 +24,8 @@ OWNERS = {
     "h5py": {"extract/exchange/hdf5.py"},
     "safetensors": {"train_heads/checkpoint.py", "extract/text.py", "extract/weights.py", "extract/tiny/make.py"},
     "typer": {"cli.py"},
+    "fsspec": {"data_manifests/locations.py"},
+    "upath": {"data_manifests/locations.py"},
     "rich": {"extract/progress.py"},
 }
 
@@ -66,10 +68,10 @@ def test_no_module_imports_its_siblings_by_bare_name() -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("coldframe.data_manifests", ("torch", "numpy.testing", "zarr", "decord", "av")),
+        ("coldframe.data_manifests", ("torch", "numpy.testing", "zarr", "decord", "av", "fsspec")),
         ("coldframe.extract", ("torch", "zarr", "open_clip", "decord", "av")),
         ("coldframe.extract.frames", ("torch", "zarr", "open_clip")),
-        ("coldframe.extract.workers", ("torch", "zarr", "open_clip")),
+        ("coldframe.extract.workers", ("torch", "zarr", "open_clip", "fsspec")),
         ("coldframe.train_heads", ("decord", "av")),
         ("coldframe.evaluate", ("decord", "av", "coldframe.train_heads")),
         ("coldframe.cli", ("torch", "zarr", "open_clip", "decord", "av", "pyarrow")),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..locations import is_local, location, names_in
 from ..records import Manifest, ManifestError, VideoRecord, absolute_root
 from . import DatasetSpec, published_fold, read_list, refuse_partial
 
@@ -45,7 +46,7 @@ def build(root: Path | str, lists: Path | str, fold: int = 1, *, strict: bool = 
     used = {class_name for _, _, class_name, _ in videos}
     class_names = tuple(name for name in classes.values() if name in used)
     label_of = {name: label for label, name in enumerate(class_names)}
-    folders = _folders(Path(root))
+    folders = _folders(location(root))
     records = tuple(
         VideoRecord(
             video_id=f"{class_name}/{video}",
@@ -98,8 +99,9 @@ def _videos(path: Path, classes: dict[int, str]) -> list[tuple[str, str, str]]:
 
 
 def _folders(root: Path) -> dict[str, str]:
-    """The class folders that lie on this disk, by their names without capitals."""
-    return {entry.name.casefold(): entry.name for entry in root.iterdir() if entry.is_dir()} if root.is_dir() else {}
+    """The class folders that lie below the root, by their names without capitals."""
+    names = (name for name in names_in(root) if not is_local(root) or (root / name).is_dir())
+    return {name.casefold(): name for name in names}
 
 
 DATASET = DatasetSpec(

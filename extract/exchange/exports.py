@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...data_manifests.errors import ConfigError
+from ...data_manifests.locations import is_local, refuse_url
 from ...data_manifests.records import Manifest, ManifestError
 from ..catalogue import HEADER, TIMES
 from ..compress import restored
@@ -92,8 +93,9 @@ def _writer_of(to: Path) -> Callable[[Path, Parcel, Progress], None]:
 
 def _refuse_target(to: Path, store: Path, overwrite: bool) -> None:
     """Refuse to replace what was not asked for, and what no export wrote."""
+    refuse_url(to, "an export")
     there, source = to.resolve(), store.resolve()
-    if there.is_relative_to(source) or source.is_relative_to(there):
+    if is_local(store) and (there.is_relative_to(source) or source.is_relative_to(there)):
         raise ConfigError("an export cannot lie in its store, or the store in it", seen=to, fix="Name another place.")
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return

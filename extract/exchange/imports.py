@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...data_manifests.errors import ConfigError
+from ...data_manifests.locations import refuse_url
 from ...data_manifests.records import Manifest
 from ..catalogue import HEADER, MANIFEST, SHARDS, TIMES, Header
 from ..frames import DecodedVideo
@@ -45,6 +46,7 @@ def import_features(
         SpecMismatch: the store is of other features.
         StoreError: a damaged file, or a store that cannot be written.
     """
+    refuse_url(source, "an import")
     if source.is_file() and source.suffix in hdf5.SUFFIXES:
         with hdf5.opened(source) as file:
             if hdf5.is_export(file):

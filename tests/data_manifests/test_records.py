@@ -92,11 +92,11 @@ def test_files_are_found_below_the_root_and_the_missing_are_named(tmp_path: Path
     (tmp_path / "run").mkdir()
     (tmp_path / "run/a.mp4").touch()
     made = manifest(
-        record("run/a.mp4"), record("run/b.mp4"), record("run"), record("s3://bucket/c.mp4"), root=str(tmp_path)
+        record("run/a.mp4"), record("run/b.mp4"), record("run"), record("memory://gone/c.mp4"), root=str(tmp_path)
     )
     assert made.path_of(made.records[0]) == f"{tmp_path}/run/a.mp4"
-    assert made.path_of(made.records[3]) == "s3://bucket/c.mp4"
-    assert made.missing_files() == ["run/b.mp4", "run"]
+    assert made.path_of(made.records[3]) == "memory://gone/c.mp4"
+    assert made.missing_files() == ["run/b.mp4", "run", "memory://gone/c.mp4"]
 
 
 def test_description_counts_splits_and_warns_of_torn_groups() -> None:
