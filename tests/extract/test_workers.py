@@ -310,7 +310,7 @@ def test_a_large_file_has_more_time(faulty: ModuleType, tmp_path: Path) -> None:
     assert failure(found[str(tmp_path / "hang")]) == ("timed out after 1.25 s", 1, True)
 
 
-@pytest.mark.parametrize("what", ["eat", "eat midway:90", "leak all", "bad alloc", "drop:300"])
+@pytest.mark.parametrize("what", ["eat", "eat midway:90", "leak all", "bad alloc", "drop:420"])
 def test_a_video_that_eats_memory_harms_no_other(faulty: ModuleType, what: str) -> None:
     good = [f"good:{i}" for i in range(2, 8)]
     with DecodePool(PYAV, TRANSFORM, workers=1, memory_bytes=512 << 20, decode=faulty.decode) as pool:
