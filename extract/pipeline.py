@@ -338,6 +338,7 @@ class Encoder:
             return []
         began = time.perf_counter()
         crops = torch.cat([torch.from_numpy(part) for part in parts])  # [F, 3, S, S]
+        crops = crops.pin_memory() if self._tower.device.type == "cuda" else crops
         chunks: list[dict[str, Tensor]] = []
         while (done := sum(len(next(iter(chunk.values()))) for chunk in chunks)) < len(crops):
             try:

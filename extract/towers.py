@@ -104,6 +104,8 @@ class Tower:
         self.device = _device(device)
         self.model: Any = model.eval().requires_grad_(False).float().to(self.device)
         self.visual = self.model.visual
+        if self.device.type == "cuda":  # convolutions there read channels last
+            self.visual.to(memory_format=torch.channels_last)
         self.has_tokens = is_class_token_vit(self.visual)
         self.logit_scale = float(self.model.logit_scale.exp())
         self.spec = TowerSpec(

@@ -61,6 +61,7 @@ class VerifyReport:
     n_bytes: int = 0
     damage: list[Damage] = field(default_factory=list)
     videos: dict[str, tuple[str, ...]] = field(default_factory=dict)  # id → arrays that cannot be trusted
+    n_absent: int = 0  # videos of the manifest that were not extracted yet, nor failed
     n_decoded_again: int = 0  # by --deep
     unlike: dict[str, str] = field(default_factory=dict)  # id → how it differs when it is decoded and encoded again
     gone: dict[str, str] = field(default_factory=dict)  # id → why it could not be decoded again
@@ -90,6 +91,10 @@ class VerifyReport:
         lines += [f"  unlike   {video_id}: {what}" for video_id, what in list(self.unlike.items())[:20]]
         lines += [f"  gone     {video_id}: {why}" for video_id, why in list(self.gone.items())[:20]]
         lines += [f"  failed   {video_id}: {why}" for video_id, why in list(self.failures.items())[:20]]
+        if self.n_absent:
+            lines.append(
+                f"  absent   {self.n_absent:,} videos of the manifest are neither there nor failed: extract goes on"
+            )
         n_bad = len(self.videos.keys() | self.unlike.keys())
         if self.repaired:
             lines.append(f"  repaired: {n_bad - len(self.failures):,} videos extracted again")
@@ -107,7 +112,7 @@ def verify(store: Path, *, quiet: bool = False) -> VerifyReport:
         StoreError: no store, or a header or manifest that is damaged.
     """
     store = location(store)
-    Header.read(store).read_manifest(store)
+    manifest = Header.read(store).read_manifest(store)
     report, paths = VerifyReport(store), committed(store / SHARDS)
     with Progress(len(paths), "shards", quiet=quiet) as progress:
         for path in paths:
@@ -115,7 +120,10 @@ def verify(store: Path, *, quiet: bool = False) -> VerifyReport:
             report.n_bytes += folder_bytes(path)
             progress.update(damaged=len(report.damage))
     report.n_shards = len(paths)
-    report.videos = {video_id: tuple(sorted(arrays)) for video_id, arrays in sorted(_untrusted(store, report).items())}
+    catalogue = _readable(store, report)
+    bad = _untrusted(catalogue, report)
+    report.videos = {video_id: tuple(sorted(bad[video_id])) for video_id in sorted(bad)}
+    report.n_absent = sum((i, 0) not in catalogue.newest and i not in catalogue.troubles for i in manifest.ids)
     return report
 
 
@@ -171,7 +179,9 @@ def repair(store: Path, tower: Tower, report: VerifyReport, options: ExtractOpti
         for name in lost:
             (store / _QUARANTINE).mkdir(exist_ok=True)
             (store / SHARDS / name).rename(store / _QUARANTINE / name)
-    void: dict[str, Collection[str]] = {video_id: set(arrays) for video_id, arrays in _untrusted(store, report).items()}
+    void: dict[str, Collection[str]] = {
+        video_id: set(arrays) for video_id, arrays in _untrusted(_readable(store, report), report).items()
+    }
     every_array = {TIMES, *(array for name in header.features for array in arrays_of(name, header.spec.dtype))}
     void |= dict.fromkeys(report.unlike, every_array)
     again = extract(
@@ -233,10 +243,14 @@ def merge(store: Path, others: Sequence[Path]) -> int:
     return n_added
 
 
-def _untrusted(store: Path, report: VerifyReport) -> dict[str, set[str]]:
-    """Videos whose newest arrays are damaged, and which arrays."""
+def _readable(store: Path, report: VerifyReport) -> Catalogue:
+    """What the shards with readable rows hold."""
     lost = {damage.shard for damage in report.damage if damage.is_unreadable}
-    catalogue = Catalogue(Shard.read(path) for path in committed(store / SHARDS) if path.name not in lost)
+    return Catalogue(Shard.read(path) for path in committed(store / SHARDS) if path.name not in lost)
+
+
+def _untrusted(catalogue: Catalogue, report: VerifyReport) -> dict[str, set[str]]:
+    """Videos whose newest arrays are damaged, and which arrays."""
     bad = _places(catalogue, report.damage)
     found: dict[str, set[str]] = defaultdict(set)
     for array, held in catalogue.holders.items():

@@ -80,7 +80,7 @@ def files_of(store: Path) -> list[Path]:
 
 def test_a_sound_store_is_sound(store: Path) -> None:
     report = upkeep.verify(store, quiet=True)
-    assert (report.is_sound, report.damage, report.videos) == (True, [], {})
+    assert (report.is_sound, report.damage, report.videos, report.n_absent) == (True, [], {}, 0)
     assert report.n_bytes == sum(path.stat().st_size for path in files_of(store))
 
 
@@ -93,6 +93,13 @@ def test_one_flipped_bit_anywhere_is_found(store: Path) -> None:
             assert not upkeep.verify(store, quiet=True).is_sound, (file, bit)
             flip(file, bit)
     assert upkeep.verify(store, quiet=True).is_sound
+
+
+def test_a_lost_shard_is_told(store: Path) -> None:
+    shutil.rmtree(committed(store / "shards")[0])
+    report = upkeep.verify(store, quiet=True)
+    assert report.n_absent == 3
+    assert "3 videos of the manifest are neither there nor failed" in report.describe()
 
 
 def test_a_lost_file_is_found(store: Path) -> None:
