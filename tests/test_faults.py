@@ -34,7 +34,7 @@ FEATURES = "embedding,tokens.-1"
 
 # Runs the program in a fork for each order, in a process group of its own.
 HOST = """
-import functools, json, os, signal, sys
+import functools, gc, json, os, signal, sys, traceback
 import av, pyarrow.parquet, torch, zarr
 torch.set_num_threads(1)
 import coldframe.extract as package
@@ -68,12 +68,21 @@ def run(arguments, out, cores, store, at, action):
     sys.argv = ["coldframe", *arguments]
     cli.cores = lambda: cores
     seen = disturb(store, at, action)
+    code = 0
     try:
         cli.main(arguments)
-    finally:
-        with open(out + ".seen", "w") as file:
-            file.write(str(len(seen)))
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with open(out + ".seen", "w") as file:
+        file.write(str(len(seen)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # to tear down all that was imported would take longer than the run
 
+gc.freeze()
 for line in iter(sys.stdin.readline, ""):
     order = json.loads(line)
     if "wait" in order:
@@ -83,12 +92,12 @@ for line in iter(sys.stdin.readline, ""):
         answer = os.fork()
         if not answer:
             run(**order)
-            sys.exit()
         try:
             os.setpgid(answer, answer)
         except OSError:
             pass  # it was faster
     os.write(1, f"{json.dumps(answer)}\\n".encode())
+os._exit(0)
 """
 
 
@@ -264,5 +273,4 @@ def test_kill_9_anywhere_then_the_rerun_gives_the_same_store(
             n_stores += 1
             store, before = tmp_path / str(n_stores), {}
     print(f"{time.monotonic() - began:.1f} s, {seconds:.2f} s a run; {how}: {n_points} points, {n_kills} killed, {n_stores} stores finished, {n_from_scratch} from nothing")
-    if n_kills:
-        assert n_kills >= n_points // 3
+    assert n_kills >= n_points // 3
