@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..data_manifests.records import Manifest, VideoRecord, is_url, listed
 from .arrays import StoreError, checksum
-from .catalogue import MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, Place
+from .catalogue import COPY, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, Place
 from .leases import Lease
 from .pipeline import ExtractOptions, encode_videos, extract
 from .progress import Progress
@@ -106,7 +106,14 @@ def verify(store: Path, *, quiet: bool = False) -> VerifyReport:
         StoreError: no store, or a header or manifest that is damaged.
     """
     Header.read(store).read_manifest(store)
+    if not (store / SHARDS).is_dir():
+        raise StoreError(f"{store / SHARDS} is missing", fix="Put it back, or run the same extract command again.")
     report, paths = VerifyReport(store), committed(store / SHARDS)
+    if (store / COPY).exists():  # an older release wrote none
+        try:
+            Header.read(store, COPY)
+        except StoreError as error:
+            report.damage.append(Damage(COPY, str(error)))
     with Progress(len(paths), "shards", quiet=quiet) as progress:
         for path in paths:
             report.damage += damage_of(path)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data_manifests.records import Manifest, listed
 from .arrays import StoreError
-from .catalogue import HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
+from .catalogue import COPY, HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, way_back
 from .compress import rounded
 from .journal import Journal
 from .leases import LEASES, WHOLE, Lease, Part, exclusive, live
@@ -316,11 +316,10 @@ def _refuse_other_folder(path: Path) -> None:
     """Refuse a folder that is neither a store, nor one that was just begun, nor empty."""
     if (path / HEADER).exists() or not path.is_dir():
         return
-    begun = {LEASES, MANIFEST, *(() if committed(path / SHARDS) else (SHARDS,))}
+    begun = {LEASES, MANIFEST, COPY, *(() if committed(path / SHARDS) else (SHARDS,))}
     if strangers := sorted(p.name for p in path.iterdir() if p.name not in begun and ".new." not in p.name):
-        raise StoreError(
-            f"{path} is neither a feature store nor empty", seen=listed(strangers), fix="Name a new folder."
-        )
+        fix = way_back(path) or "Name a new folder."
+        raise StoreError(f"{path} is neither a feature store nor empty", seen=listed(strangers), fix=fix)
 
 
 def _new_header(
