@@ -263,7 +263,10 @@ class Descriptor:
 
     def close(self) -> None:
         """Close it now; closing twice does nothing."""
-        number, self.number = self.number, -1  # first, or an interrupt in between would close it again: by then, another
+        number, self.number = (
+            self.number,
+            -1,
+        )  # first, or an interrupt in between would close it again: by then, another
         if number >= 0:
             os.close(number)
 
