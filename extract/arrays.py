@@ -282,8 +282,11 @@ class Descriptor:
 
     def close(self) -> None:
         """Close it now; closing twice does nothing."""
-        if self.number >= 0:
-            os.close(self.number)
-            self.number = -1
+        number, self.number = (
+            self.number,
+            -1,
+        )  # first, or an interrupt in between would close it again: by then, another
+        if number >= 0:
+            os.close(number)
 
     __del__ = close

@@ -2,6 +2,7 @@
 
 STORE/
   store.json          FeatureSpec and its fingerprint (the store's identity), TowerShape, the features asked for
+  store.copy.json     the same again, for the day when that is lost
   manifest.parquet    the videos, their labels, and where they are
   shards/             see shards.py; immutable, so a retry or another feature is a new shard
   journal/            see journal.py
@@ -14,9 +15,11 @@ Behind a URL the same objects; a shard is there when its rows are, which arrive 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,7 @@ from .shards import Shard, VideoRow, replace_file
 from .specs import FORMAT_VERSION, FeatureSpec, TowerShape, feature_shape
 
 TIMES = "timestamps_s"  # [T] of every video, an array beside its features
-HEADER, MANIFEST, SHARDS = "store.json", "manifest.parquet", "shards"
+HEADER, COPY, MANIFEST, SHARDS = "store.json", "store.copy.json", "manifest.parquet", "shards"
 _VIDEOS = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg"}
 
 
@@ -46,17 +49,18 @@ class Header:
     created_by: str
 
     @classmethod
-    def read(cls, store: Path) -> Self:
-        """Read a store's header.
+    def read(cls, store: Path, name: str = HEADER) -> Self:
+        """Read a store's header, or its copy.
 
         Raises:
             StoreError: no store, of a format version that this release does not read, or damaged.
         """
-        path = store / HEADER
+        path = store / name
         try:
             text = read_bytes(path)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise StoreError(f"{store} is not a feature store: {_what_it_is(store)}") from None
+            fix = way_back(store, name)
+            raise StoreError(f"{store} is not a feature store: {_what_it_is(store)}", fix=fix) from None
         try:
             data = json.loads(text)
             spec = FeatureSpec.from_json(data["spec"])
@@ -70,17 +74,24 @@ class Header:
                 data["created_by"],
             )
         except ConfigError as error:
-            raise StoreError(f"{path}: {error}") from error
+            raise StoreError(f"{path}: {error}", fix=way_back(store, name)) from error
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{path} is damaged", seen=repr(error)) from error
+            seen = f"{type(error).__name__}: {error}"[:120]
+            raise StoreError(f"{path} is damaged", seen=seen, fix=way_back(store, name)) from error
         if data["fingerprint"] != spec.fingerprint:
-            raise StoreError(f"{path} was edited", seen=f"fingerprint {data['fingerprint']}", wanted=spec.fingerprint)
+            seen = f"fingerprint {data['fingerprint']}"
+            raise StoreError(f"{path} was edited", seen=seen, wanted=spec.fingerprint, fix=way_back(store, name))
+        if (digest := data.pop("sha256", None)) not in (None, _digest(data)):  # an older release wrote none
+            seen = f"digest {digest}"
+            raise StoreError(f"{path} was edited", seen=seen, wanted=_digest(data), fix=way_back(store, name))
         return header
 
     def write(self, store: Path) -> None:
         """Write or replace a store's header."""
         data = {"format_version": FORMAT_VERSION, "fingerprint": self.spec.fingerprint} | dataclasses.asdict(self)
-        replace_file(store / HEADER, lambda new: new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+        text = json.dumps(data | {"sha256": _digest(data)}, indent=1) + "\n"
+        for name in (HEADER, COPY):
+            replace_file(store / name, lambda new: new.write_text(text, encoding="utf-8"))
 
     def frame_shape(self, array: str) -> tuple[int, ...]:
         """Shape of one frame of a feature or of the timestamps."""
@@ -182,6 +193,21 @@ class Catalogue:
         for view in list(self.views(row.video_id)):
             for held in (self.newest, *self.holders.values()):
                 held.pop((row.video_id, view), None)
+
+
+def way_back(store: Path, name: str = HEADER) -> str | None:
+    """What to do about a header that is lost; None where its copy is lost, too."""
+    if name == COPY:
+        return None
+    try:
+        Header.read(store, COPY)
+    except StoreError:
+        return None
+    return f"Its copy is sound, put it back: {shlex.join(['cp', str(store / COPY), str(store / HEADER)])}"
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _version(row: VideoRow) -> tuple[Any, ...]:

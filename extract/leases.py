@@ -164,7 +164,10 @@ class LocalFolder:
 
     def create(self, name: str) -> Descriptor | None:
         """See `Folder`; the descriptor does not reach processes that this one starts."""
-        self._path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # which here means a lease that somebody else has made
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._path)) from error
         file = Descriptor(str(self._path / name), os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             fcntl.flock(file.number, fcntl.LOCK_EX)  # waits for nobody but a passing `is_locked`

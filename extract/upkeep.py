@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data_manifests.locations import folder_bytes, is_url, location, refuse_url
+from ..data_manifests.locations import folder_bytes, is_url, location, names_in, refuse_url
 from ..data_manifests.records import Manifest, VideoRecord, listed
 from .arrays import StoreError, checksum
-from .catalogue import MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, Place
+from .catalogue import COPY, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, Place
 from .leases import Lease
 from .pipeline import ExtractOptions, encode_videos, extract
 from .progress import Progress
@@ -113,7 +113,15 @@ def verify(store: Path, *, quiet: bool = False) -> VerifyReport:
     """
     store = location(store)
     manifest = Header.read(store).read_manifest(store)
+    inside = names_in(store)
+    if SHARDS not in inside:
+        raise StoreError(f"{store / SHARDS} is missing", fix="Put it back, or run the same extract command again.")
     report, paths = VerifyReport(store), committed(store / SHARDS)
+    if COPY in inside:  # an older release wrote none
+        try:
+            Header.read(store, COPY)
+        except StoreError as error:
+            report.damage.append(Damage(COPY, str(error)))
     with Progress(len(paths), "shards", quiet=quiet) as progress:
         for path in paths:
             report.damage += damage_of(path)

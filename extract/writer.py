@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data_manifests.locations import is_local, is_url, location, names_in
 from ..data_manifests.records import Manifest, listed
 from .arrays import StoreError
-from .catalogue import HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key
+from .catalogue import COPY, HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, way_back
 from .compress import rounded
 from .journal import Journal
 from .leases import LEASES, WHOLE, Lease, Part, exclusive, live
@@ -410,11 +410,10 @@ def _refuse_other_folder(path: Path) -> None:
     found = names_in(path)
     if HEADER in found:
         return
-    begun = {LEASES, MANIFEST, *(() if committed(path / SHARDS) else (SHARDS,))}
+    begun = {LEASES, MANIFEST, COPY, *(() if committed(path / SHARDS) else (SHARDS,))}
     if strangers := sorted(name for name in found if name not in begun and ".new." not in name):
-        raise StoreError(
-            f"{path} is neither a feature store nor empty", seen=listed(strangers), fix="Name a new folder."
-        )
+        fix = way_back(path) or "Name a new folder."
+        raise StoreError(f"{path} is neither a feature store nor empty", seen=listed(strangers), fix=fix)
 
 
 def _new_header(
