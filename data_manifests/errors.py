@@ -6,7 +6,7 @@
     ├── ManifestError(ValueError)      a manifest that cannot be right; gives line numbers          (records.py)
     ├── SpecMismatch(ValueError)       store or checkpoint made otherwise than expected             (extract/specs.py)
     ├── StoreError(OSError)            missing, truncated or corrupt store                          (extract/arrays.py)
-    ├── DecodeError(OSError)           one video; recorded with its reason, never ends a run        (extract/frames.py)
+    ├── DecodeError(OSError)           one video; recorded with its reason, never ends a run    (extract/decoders/)
     ├── TowerError(ValueError)         weights that cannot be loaded or do not fit the model        (extract/weights.py)
     ├── CheckpointError(ValueError)    not a checkpoint of ours, or a broken one        (train_heads/checkpoint.py)
     └── DivergedError(ArithmeticError) the loss is not finite any more                        (train_heads/loop.py)

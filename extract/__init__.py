@@ -14,6 +14,7 @@
     shards.py     one shard, both directions      fleet.py       one command, several devices
     arrays.py     one array of it: raw zarr v3    journal.py     what happened, event by event
     doctor.py     whether this machine is fit     machine.py     what it is
+    decoders/     the back ends that frames.py asks: PyAV, decord, torchcodec
     exchange/     a store as other files, and others' files as a store
 
 House letters, in every shape and einops pattern of the project:
