@@ -7,7 +7,7 @@
     ├── SpecMismatch(ValueError)       store or checkpoint made otherwise than expected             (extract/specs.py)
     ├── LocationError(OSError)         a URL that cannot be read or written                         (locations.py)
     ├── StoreError(OSError)            missing, truncated or corrupt store                          (extract/arrays.py)
-    ├── DecodeError(OSError)           one video; recorded with its reason, never ends a run        (extract/frames.py)
+    ├── DecodeError(OSError)           one video; recorded with its reason, never ends a run    (extract/decoders/)
     ├── TowerError(ValueError)         weights that cannot be loaded or do not fit the model        (extract/weights.py)
     ├── CheckpointError(ValueError)    not a checkpoint of ours, or a broken one        (train_heads/checkpoint.py)
     └── DivergedError(ArithmeticError) the loss is not finite any more                        (train_heads/loop.py)

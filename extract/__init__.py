@@ -16,6 +16,7 @@
     upkeep.py     verify, repair, compact, merge  url_leases.py  leases, behind a URL
 
     doctor.py     whether this machine is fit     machine.py     what it is
+    decoders/     the back ends that frames.py asks: PyAV, decord, torchcodec
     exchange/     a store as other files, and others' files as a store
 
 House letters, in every shape and einops pattern of the project:

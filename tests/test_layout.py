@@ -15,9 +15,12 @@ STAGES = ("data_manifests", "extract", "train_heads", "evaluate")
 
 # One heavy library is imported in one file only; tests and benchmarks may import anything.
 OWNERS = {
-    "decord": {"extract/frames.py"},
-    "av": {"extract/frames.py"},
-    "torchcodec": {"extract/frames.py"},
+    "decord": {"extract/decoders/by_decord.py"},
+    "av": {
+        "extract/frames.py",
+        *(f"extract/decoders/{name}.py" for name in ("by_pyav", "damage", "packets", "source")),
+    },
+    "torchcodec": {"extract/decoders/by_torchcodec.py"},
     "open_clip": {"extract/pretrained.py", "extract/tiny/make.py"},
     "zarr": {"extract/arrays.py"},
     "pyarrow": {"data_manifests/tables.py", "extract/shards.py"},
@@ -70,8 +73,8 @@ def test_no_module_imports_its_siblings_by_bare_name() -> None:
     [
         ("coldframe.data_manifests", ("torch", "numpy.testing", "zarr", "decord", "av", "fsspec")),
         ("coldframe.extract", ("torch", "zarr", "open_clip", "decord", "av")),
-        ("coldframe.extract.frames", ("torch", "zarr", "open_clip")),
-        ("coldframe.extract.workers", ("torch", "zarr", "open_clip", "fsspec")),
+        ("coldframe.extract.frames", ("torch", "zarr", "open_clip", "decord", "torchcodec")),
+        ("coldframe.extract.workers", ("torch", "zarr", "open_clip", "decord", "torchcodec", "fsspec")),
         ("coldframe.train_heads", ("decord", "av")),
         ("coldframe.evaluate", ("decord", "av", "coldframe.train_heads")),
         ("coldframe.cli", ("torch", "zarr", "open_clip", "decord", "av", "pyarrow")),

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
 from importlib.abc import MetaPathFinder
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,8 @@ from av.stream import Disposition
 from coldframe.data_manifests.errors import ColdframeError
 from coldframe.extract import frames as frames_file
 from coldframe.extract.crops import resize_and_crop
+from coldframe.extract.decoders import by_decord, contract
+from coldframe.extract.decoders.source import inspect
 from coldframe.extract.frames import Crops, DecodeError, DecodeOptions, decode, write_video
 from coldframe.extract.sampling import sample, segment_centres
 from coldframe.extract.specs import FrameSpec, TransformSpec
@@ -249,7 +250,7 @@ def test_both_decoders_give_the_same_bits(videos: Path) -> None:
 
 
 def test_decord_reads_large_videos_in_batches(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames_file, "_BATCH_BYTES", 3 * 3 * 96 * 64)  # three pictures
+    monkeypatch.setattr(contract, "_BATCH_BYTES", 3 * 3 * 96 * 64)  # three pictures
     video = read(videos / "b_frames_short_gop.mp4", FrameSpec(25, decoder="decord"), SQUASH)
     assert [read_number(crop) for crop in video.pixels] == segment_centres(N, 25).tolist()
 
@@ -262,9 +263,9 @@ def test_auto_turns_to_pyav_where_decord_refuses_or_repeats_a_picture(
     assert read(tmp_path / "still.mp4", FrameSpec(4, decoder="decord"), SQUASH).decoder == "decord"
 
     def refuse(*_: object) -> None:
-        raise frames_file._NotByDecord("decord miscounts")
+        raise by_decord.NotByDecord("decord miscounts")
 
-    monkeypatch.setattr(frames_file, "_trust", refuse)
+    monkeypatch.setattr(by_decord, "_trust", refuse)
     assert read(videos / "b_frames.mkv", FrameSpec(4), SQUASH).decoder == "pyav"
     with pytest.raises(DecodeError, match="miscounts"):
         read(videos / "b_frames.mkv", FrameSpec(4, decoder="decord"), SQUASH)
@@ -285,24 +286,20 @@ def test_damage_is_heard_where_the_standard_error_is_closed(sound: Path, tmp_pat
     assert done.stdout.startswith("decord\ncorrupt: [h264] ")
 
 
-def test_decord2_goes_by_its_own_name(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def installed(name: str) -> str:
-        if name == "decord":
-            raise PackageNotFoundError
-        return "2.0"
-
+def test_decord2_is_refused(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(videos / "b_frames.mkv", FrameSpec(2)).decoder == "decord"
-    monkeypatch.setattr(frames_file, "version", installed)
-    assert read(videos / "b_frames.mkv", FrameSpec(2, decoder="decord")).decoder == "decord2"
+    monkeypatch.setattr(by_decord, "version", lambda name: {"decord": "0.6.0", "decord2": "2.0.0"}[name])
     assert read(videos / "b_frames.mkv", FrameSpec(2)).decoder == "pyav"
+    with pytest.raises(DecodeError, match=r"^decord2 does not tell of damage: install decord in its place, or use "):
+        read(videos / "b_frames.mkv", FrameSpec(2, decoder="decord"))
 
 
 def test_pyav_recounts_where_packets_promise_other_frames_than_come(
     videos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = frames_file._inspect(str(videos / "b_frames.avi"))
+    source = inspect(str(videos / "b_frames.avi"))
     promised = dataclasses.replace(source, timestamps_s=np.arange(N + 3) / 25)
-    monkeypatch.setattr(frames_file, "_inspect", lambda _: promised)
+    monkeypatch.setattr(frames_file, "inspect", lambda _: promised)
     video = read(videos / "b_frames.avi", FrameSpec(8, decoder="pyav"), SQUASH)
     assert [read_number(crop) for crop in video.pixels] == segment_centres(N, 8).tolist()
     assert video.n_source_frames == N
@@ -708,7 +705,7 @@ def test_real_files(shared: Path, name: str) -> None:
     assert (video.n_source_frames, video.decoder) == (n_source, decoder)
 
     # The packets' promise is kept, so that one pass is enough: HMDB51's have a placeholder too many.
-    assert len(frames_file._inspect(str(path)).timestamps_s) == n_source
+    assert len(inspect(str(path)).timestamps_s) == n_source
     with av.open(str(path)) as container:  # from end to end, without any index
         stream: Any = container.streams.best("video")
         pictures = [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in container.decode(stream)]
