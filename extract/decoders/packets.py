@@ -16,7 +16,7 @@ def readable(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
         yield from packets
     except MemoryError:  # PyAV's own is one of FFmpeg's errors as well, but says nothing of the file
         raise
-    except av.FFmpegError:
+    except (av.FFmpegError, IndexError):  # the latter at the end, where a stream began late: PyAV does not know of it
         return
 
 

@@ -15,7 +15,7 @@ from av.stream import Disposition
 from numpy.typing import ArrayLike, NDArray
 
 from ..sampling import Times
-from .contract import KEPT, DecodeError, Source
+from .contract import KEPT, DecodeError, Source, SourceError
 from .damage import log_of_pyav, sign
 from .packets import decoded, has_start_codes, is_hidden, is_idr, readable
 
@@ -30,9 +30,11 @@ _AVI_HEADERS = 32  # bytes at most between two packets
 
 
 def opened(path: str) -> InputContainer:
-    """Open a file; raise DecodeError for what is no video."""
+    """Open a file; raise DecodeError for what is no video, SourceError for what is gone."""
     try:
         return av.open(path, **_LENIENT)
+    except FileNotFoundError:
+        raise SourceError("file is missing") from None
     except MemoryError:  # PyAV's own is one of FFmpeg's errors as well, but says nothing of the file
         raise
     except (av.FFmpegError, ValueError) as error:
