@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data_manifests.locations import folder_bytes, is_url, location, names_in, refuse_url
+from ..data_manifests.locations import folder_bytes, is_local, is_url, location, names_in, refuse_url
 from ..data_manifests.records import Manifest, VideoRecord, listed
 from .arrays import StoreError, checksum
 from .catalogue import COPY, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, Place
@@ -114,7 +114,7 @@ def verify(store: Path, *, quiet: bool = False) -> VerifyReport:
     store = location(store)
     manifest = Header.read(store).read_manifest(store)
     inside = names_in(store)
-    if SHARDS not in inside:
+    if SHARDS not in inside or (is_local(store) and not (store / SHARDS).is_dir()):
         raise StoreError(f"{store / SHARDS} is missing", fix="Put it back, or run the same extract command again.")
     report, paths = VerifyReport(store), committed(store / SHARDS)
     if COPY in inside:  # an older release wrote none

@@ -182,7 +182,8 @@ class Run:
         """The one line in which it was refused."""
         assert self.wait() == 2, self.out + self.err
         (line,) = self.err.splitlines()
-        assert json.loads(self.out) == {"error": line.removeprefix("error: ")}
+        if self.out:  # where JSON was asked for
+            assert json.loads(self.out) == {"error": line.removeprefix("error: ")}
         assert line.startswith("error: ")
         return line
 
@@ -238,7 +239,8 @@ def assert_as_undisturbed(store: Path, whole: Path, *, once: bool = True) -> Non
     assert opened.failures == []
     rows = Counter((row.video_id, row.view) for shard in opened.catalogue.shards for row in shard.rows)
     assert not once or set(rows.values()) == {1}, rows
-    assert {path.name for path in store.iterdir()} == {path.name for path in whole.iterdir()}
+    names = [{path.name for path in place.iterdir()} - {"journal"} for place in (store, whole)]
+    assert names[0] == names[1]
     assert sorted((store / "shards").iterdir()) == committed(store / "shards")
     assert {path.name.partition("-")[0] for path in (store / "leases").iterdir()} == {"gate"}
     assert len(list((store / "leases").iterdir())) <= 2
@@ -540,7 +542,7 @@ DISASTERS: dict[str, tuple[Any, dict[str, str]]] = {
     "shards a file": (lambda s: replace_by_file(s / "shards"), {"verify": "is missing", "extract": "File exists"}),
     "journal of noise": (lambda s: rewrite(next((s / "journal").iterdir()), NOISE), {}),
     "journal gone": (lambda s: shutil.rmtree(s / "journal"), {}),
-    "journal a file": (lambda s: replace_by_file(s / "journal"), {"extract": "File exists"}),
+    "journal a file": (lambda s: replace_by_file(s / "journal"), {}),  # a run with nothing to write needs none
     "gate of noise": (lambda s: [rewrite(gate, NOISE) for gate in (s / "leases").iterdir()], {}),
     "gate emptied": (lambda s: [rewrite(gate, b"") for gate in (s / "leases").iterdir()], {}),
     "lease of noise": (lambda s: rewrite(s / "leases" / "part-0-of-1-00c0ffee", NOISE), {}),
