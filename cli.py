@@ -661,7 +661,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(app(args=words, prog_name="coldframe", standalone_mode=False) or 0)
     except ColdframeError as error:
         fail(str(error), words)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except OSError as error:
         if error.errno is None or (error.filename is None and error.errno not in DISK):

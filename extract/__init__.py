@@ -4,9 +4,9 @@
     sampling.py   which frames, which views       towers.py      frozen CLIP towers
     crops.py      a picture → square crops        pretrained.py  which weights; the only user of open_clip
     frames.py     video → frames                  weights.py     files of weights, read safely
-    workers.py    killable decode processes       text.py        class names × templates → text features
-    progress.py   what a long run shows           tiny/          coldframe-tiny, the CLIP that ships with the package
-    forecast.py   what a run will cost            space.py       how much disk it will take
+    workers.py    killable decode processes;      text.py        class names × templates → text features
+    worker.py     what runs in one of them        tiny/          coldframe-tiny, the CLIP that ships with the package
+    progress.py   what a long run shows           forecast.py    what a run will cost; space.py, how much disk
 
     writer.py     the store as extract writes it  compress.py    pooled tokens, int8
     store.py      the store as others read it     batches.py     features of many videos as one batch

@@ -20,82 +20,63 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import queue
-import resource
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from ctypes import c_uint8
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import wait
 from types import ModuleType, TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..data_manifests.errors import ConfigError
-from ..data_manifests.locations import file_size, is_url, location, scratch_folder
-from .crops import Picture
-from .frames import WHOLE, DecodedVideo, DecodeError, DecodeOptions, SourceError, decode
+from ..data_manifests.locations import is_url, scratch_folder
+from .frames import WHOLE, DecodedVideo, DecodeOptions, decode
 from .specs import FrameSpec, TransformSpec
+from .worker import (
+    NEXT_VIDEO,
+    SLOTS,
+    Answer,
+    Chunk,
+    Decode,
+    Done,
+    Failure,
+    Filled,
+    Job,
+    Orders,
+    QueuedParts,
+    Started,
+    Task,
+    attempt,
+    gib,
+    out_of_memory,
+    serve,
+)  # fmt: skip
+
+__all__ = ["Answer", "Chunk", "DecodePool", "Failure", "Job", "cores"]
 
 _SPAWN = multiprocessing.get_context("spawn")  # decord does not survive a fork (decord #220)
 _START_UP_S = 120.0  # to import the decoders from a slow disk
 _LONGEST_WAIT_S = 3600.0  # at a stretch: the system takes no infinity
 _FAREWELL_S = 5.0  # between a process's last word and its exit code
 _STILLBORN = 3  # the environment is broken; fewer may have been killed for want of memory
+_SLOT_CROPS = 32  # to a part, at most
 _BYTES_PER_S = 2 << 20  # a file of this size has one second more to show progress
-_SLOTS, _SLOT_CROPS = 3, 32  # parts of a video in shared memory, a worker; crops to a part, at most
-_PART_S = 1.0  # a part that is not full after so long is sent: it is progress
-_SERVICE_VIDEOS, _SERVICE_BYTES = 1000, 1 << 30  # a worker is replaced after so many videos, or grown by so much
-_NEXT_VIDEO = b"\0"  # written between what decoders say of one video and of the next
-_LEAST_BYTES = 512 << 20  # decord asks for up to 256 MB in one piece: half of what is allowed, see `_serve`
+_LEAST_BYTES = 512 << 20  # decord asks for up to 256 MB in one piece: half of what is allowed, see `serve`
 
 
 def cores() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Job(NamedTuple):
-    """One video to decode."""
-
-    key: str
-    path: str
-    start_s: float | None = None
-    end_s: float | None = None
-    views: tuple[int, ...] | None = None  # None: all
-
-
-class Chunk(NamedTuple):
-    """Some crops of a video."""
-
-    first: int  # how many came before; 0 begins the video, or begins it again
-    crops: NDArray[np.uint8]  # [n, 3, S, S]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a video has no frames."""
-
-    reason: str  # `category` or `category: detail`
-    attempts: int = 1
-    is_final: bool = True  # False where another try may find it mended: the disk, the memory
-    seconds: float = 0.0
-
-
-Decode = Callable[..., DecodedVideo]  # `frames.decode`, or another of its signature
-Answer = DecodedVideo | Failure
 
 
 class DecodePool:
@@ -136,7 +117,7 @@ class DecodePool:
             raise ConfigError("a video needs some time", seen=f"timeout_s={timeout_s}", wanted="more than 0 seconds")
         if memory_bytes < _LEAST_BYTES:
             raise ConfigError(
-                "a video needs some memory", seen=_gib(memory_bytes), wanted=f"at least {_gib(_LEAST_BYTES)}"
+                "a video needs some memory", seen=gib(memory_bytes), wanted=f"at least {gib(_LEAST_BYTES)}"
             )
         self.decoding_s = 0.0
         self.waiting_s = 0.0
@@ -147,13 +128,13 @@ class DecodePool:
         self._n_workers = workers
         self._workers: list[_Worker] = []
         self._scratch = ExitStack()  # the folder of what workers fetch
-        self._again: deque[_Task] = deque()  # to be dealt again before anything new
+        self._again: deque[Task] = deque()  # to be dealt again before anything new
         self._stillborn = 0  # workers lost in a row before their first video
 
     def __enter__(self) -> Self:
         if self._n_workers:
             _fill_standard_descriptors()
-            shape = (self._n_workers, _SLOTS, *self._part_shape)
+            shape = (self._n_workers, SLOTS, *self._part_shape)
             # One anonymous file, unlinked at birth: nothing is left behind however a process dies, and where
             # /dev/shm is too small for all slots the standard library takes the folder of temporary files.
             memory: Any = _SPAWN.RawArray(c_uint8, math.prod(shape))
@@ -161,7 +142,7 @@ class DecodePool:
             scratch = self._scratch.enter_context(scratch_folder())
             try:
                 for number in range(self._n_workers):
-                    orders = _Orders(
+                    orders = Orders(
                         memory, shape, number, self._transform, self._decode, self._memory_bytes, scratch / str(number)
                     )
                     self._workers.append(_Worker(orders, slots[number]))
@@ -198,7 +179,7 @@ class DecodePool:
         Raises:
             RuntimeError: workers die before their first video; the environment is broken. Or the pool was not entered.
         """
-        tasks = (_Task(job, self._frames, self._options) for job in jobs)
+        tasks = (Task(job, self._frames, self._options) for job in jobs)
         if len(self._workers) < self._n_workers:
             raise RuntimeError("the pool has no workers: enter it first, as a context manager")
         if not self._workers:
@@ -216,13 +197,13 @@ class DecodePool:
             self._deal(tasks)  # first, so that the workers have something to do while the caller has
             yield from arrivals
 
-    def _decode_here(self, task: _Task) -> Iterator[Chunk | Answer]:
+    def _decode_here(self, task: Task) -> Iterator[Chunk | Answer]:
         """Decode one video in a thread of this process, a few parts ahead of the caller."""
-        sink = _QueuedParts(self._part_shape)
+        sink = QueuedParts(self._part_shape)
 
         def run() -> None:
             try:
-                sink.arrivals.put(_attempt(self._decode, task, self._transform, sink))
+                sink.arrivals.put(attempt(self._decode, task, self._transform, sink))
             except MemoryError:
                 sink.arrivals.put(Failure("out of memory", is_final=False))
             except BaseException as error:  # what would end a process, such as SystemExit
@@ -245,7 +226,7 @@ class DecodePool:
         finally:
             sink.close()
 
-    def _deal(self, tasks: Iterator[_Task]) -> None:
+    def _deal(self, tasks: Iterator[Task]) -> None:
         """Give each task to the worker that holds fewest, until all hold enough."""
         while fit := [worker for worker in self._workers if len(worker.tasks) < self._ahead]:
             task = self._again.popleft() if self._again else next(tasks, None)
@@ -291,32 +272,10 @@ class DecodePool:
         return [(guilty.job.key, replace(trouble, attempts=guilty.attempts))]
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One attempt at one video."""
-
-    job: Job
-    frames: FrameSpec
-    options: DecodeOptions
-    attempts: int = 1
-
-
-class _Orders(NamedTuple):
-    """What a worker process is told at birth."""
-
-    memory: Any
-    shape: tuple[int, ...]  # [workers, slots, crops, 3, S, S]
-    number: int
-    transform: TransformSpec
-    decode: Decode
-    memory_bytes: int
-    scratch: Path  # for what it fetches; gone with the process
-
-
 class _Worker:
     """The parent's side of one process; the process may be replaced, its slots stay."""
 
-    def __init__(self, orders: _Orders, slots: NDArray[np.uint8]) -> None:
+    def __init__(self, orders: Orders, slots: NDArray[np.uint8]) -> None:
         self._orders = orders
         self._slots = slots  # [slots, crops, 3, S, S]
         self._start()
@@ -324,7 +283,7 @@ class _Worker:
     def _start(self) -> None:
         """Start a process that has no tasks."""
         self._orders.scratch.mkdir(exist_ok=True)
-        self.tasks: deque[_Task] = deque()  # the first is in work, or about to be
+        self.tasks: deque[Task] = deque()  # the first is in work, or about to be
         self.progress_s: float | None = None  # when the first task was taken up, or last showed progress
         self.is_proven = False  # whether this process has taken up a task
         self.has_served = False  # whether it takes up no further task
@@ -338,7 +297,7 @@ class _Worker:
         self._noise, their_noise = _SPAWN.Pipe(duplex=False)
         os.set_blocking(self._noise.fileno(), False)
         process = _SPAWN.Process(
-            target=_serve, args=(theirs, their_noise, self._orders), name="coldframe-decode", daemon=True
+            target=serve, args=(theirs, their_noise, self._orders), name="coldframe-decode", daemon=True
         )
         with _sheltered():
             process.start()
@@ -361,29 +320,29 @@ class _Worker:
         self.stop()
         self._start()
 
-    def send(self, task: _Task) -> None:
+    def send(self, task: Task) -> None:
         """Hand over a task."""
         if not self.tasks:
             self._waits_since_s = time.monotonic()
         self.tasks.append(task)
         self._tell(task)
 
-    def hear(self) -> list[tuple[_Task, Chunk | Answer]]:
+    def hear(self) -> list[tuple[Task, Chunk | Answer]]:
         """Take what has arrived, up to the first part: a fast worker would keep the parent here for ever."""
-        heard: list[tuple[_Task, Chunk | Answer]] = []
+        heard: list[tuple[Task, Chunk | Answer]] = []
         self._listen()
         try:
             while self.pipe.poll():
                 match self.pipe.recv():
-                    case _Started(at_s, size):
+                    case Started(at_s, size):
                         self.progress_s = self._began_s = at_s
                         self.is_proven, self._patience_s = True, size / _BYTES_PER_S
-                    case _Filled(slot, first, n_crops):
+                    case Filled(slot, first, n_crops):
                         heard.append((self.tasks[0], Chunk(first, self._slots[slot, :n_crops].copy())))
                         self.progress_s = time.monotonic()
                         self._tell(slot)
                         break
-                    case _Done(answer, is_last):
+                    case Done(answer, is_last):
                         heard.append((self.tasks.popleft(), answer))
                         self.has_served = is_last
                         self.progress_s, self._waits_since_s = None, time.monotonic()
@@ -411,10 +370,10 @@ class _Worker:
             code = self._process.exitcode
             cause = f"crashed (signal {-code})" if code is not None and code < 0 else f"exited (code {code})"
             last_words = (
-                self._words.rpartition(_NEXT_VIDEO)[2].decode(errors="replace").strip().rpartition("\n")[2][:200]
+                self._words.rpartition(NEXT_VIDEO)[2].decode(errors="replace").strip().rpartition("\n")[2][:200]
             )
             if last_words.endswith(("MemoryError", "std::bad_alloc", "Cannot allocate memory")):
-                return replace(_out_of_memory(self._orders.memory_bytes), seconds=spent_s)
+                return replace(out_of_memory(self._orders.memory_bytes), seconds=spent_s)
             was_killed = code == -signal.SIGKILL  # by the system, for want of memory
             reason = f"decoder {cause}" + (f": {last_words}" if last_words else "")
             return Failure(reason, is_final=not was_killed, seconds=spent_s)
@@ -435,28 +394,6 @@ class _Worker:
         """Keep the end of what the decoders wrote; read once, since one that never stops would be heard for ever."""
         with suppress(BlockingIOError):
             self._words = (self._words + os.read(self._noise.fileno(), 1 << 20))[-4096:]
-
-
-class _Started(NamedTuple):
-    """The first task was taken up; its file has so many bytes."""
-
-    at_s: float
-    size: int
-
-
-class _Filled(NamedTuple):
-    """A slot holds crops of the first task, `first` having come before."""
-
-    slot: int
-    first: int
-    n_crops: int
-
-
-class _Done(NamedTuple):
-    """The first task is done."""
-
-    answer: Answer
-    is_last: bool  # the process takes up no other, and is to be replaced
 
 
 def _fill_standard_descriptors() -> None:
@@ -482,231 +419,3 @@ def _sheltered() -> Iterator[None]:
     finally:
         sys.modules["__main__"] = main
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def _serve(pipe: Connection, noise: Connection, orders: _Orders) -> None:
-    """Be a worker process: decode tasks until the parent closes the pipe, or dies."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    tempfile.tempdir = str(orders.scratch)
-    os.set_blocking(noise.fileno(), False)  # what nobody reads is dropped, never waited for
-    for descriptor in (1, 2):  # not sys.stdout and sys.stderr, which may be closed
-        os.dup2(noise.fileno(), descriptor)
-    born_bytes, n_done = _memory_bytes(), 0
-    _limit_memory(born_bytes + orders.memory_bytes)
-    slots = np.frombuffer(orders.memory, np.uint8).reshape(orders.shape)[orders.number]  # [slots, crops, 3, S, S]
-    inbox = _Inbox(pipe, len(slots))
-    with suppress(EOFError):
-        while True:
-            task = inbox.task()
-            began_s = time.monotonic()
-            pipe.send(_Started(began_s, 0))  # before anything that a disk can hold up
-            if size := _size(task.job.path):
-                pipe.send(_Started(began_s, size))
-            with suppress(BlockingIOError):
-                os.write(2, _NEXT_VIDEO)
-            sink = _SharedParts(slots, inbox)
-            answer: Answer | None = None
-            with suppress(MemoryError):
-                answer = _attempt(orders.decode, task, orders.transform, sink)
-            sink.release()
-            # FFmpeg's decoders call it damage where an allocation has failed, or skip frames; more than half was in use.
-            is_short = _peak_bytes() > born_bytes + orders.memory_bytes // 2
-            if answer is None or (is_short and _is_damaged(answer)):
-                pipe.send(_out_of_memory(orders.memory_bytes))
-                return
-            n_done += 1
-            has_leaked = _memory_bytes() > born_bytes + min(_SERVICE_BYTES, orders.memory_bytes // 2)
-            is_last = is_short or has_leaked or n_done >= _SERVICE_VIDEOS
-            pipe.send(_Done(answer, is_last))
-            if is_last:
-                return
-
-
-class _Inbox:
-    """What a worker hears: tasks, and numbers of slots that the parent has emptied."""
-
-    def __init__(self, pipe: Connection, n_slots: int) -> None:
-        self.pipe = pipe
-        self.free = deque(range(n_slots))
-        self._tasks: deque[_Task] = deque()
-
-    def task(self) -> _Task:
-        """The next task; raises EOFError when the parent has closed the pipe."""
-        while not self._tasks:
-            self._hear()
-        return self._tasks.popleft()
-
-    def slot(self) -> int:
-        """A slot that the parent has emptied."""
-        while not self.free:
-            self._hear()
-        return self.free.popleft()
-
-    def _hear(self) -> None:
-        message = self.pipe.recv()
-        if isinstance(message, _Task):
-            self._tasks.append(message)
-        else:
-            self.free.append(message)
-
-
-class _Parts(ABC):
-    """A sink that gathers crops into parts and sends each as soon as it is full, or has been long in the making."""
-
-    def __init__(self) -> None:
-        self.n_crops = 0  # of the video so far
-        self.waited_s = 0.0  # for room
-        self._part: NDArray[np.uint8] | None = None  # being filled, [n, 3, S, S]
-        self._n_filled = 0
-        self._sent_s = time.monotonic()
-
-    def restart(self) -> None:
-        """Begin the video again."""
-        self.n_crops = self._n_filled = 0
-
-    def put(self, crop: Picture) -> None:
-        """Take the next crop [3, S, S]."""
-        if self._part is None:
-            began = time.monotonic()
-            self._part = self._room()
-            waited_s = time.monotonic() - began
-            self.waited_s += waited_s
-            self._sent_s += waited_s
-        self._part[self._n_filled] = crop
-        self._n_filled += 1
-        self.n_crops += 1
-        if self._n_filled == len(self._part) or time.monotonic() > self._sent_s + _PART_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send what has come."""
-        if self._part is not None and self._n_filled:
-            self._send(Chunk(self.n_crops - self._n_filled, self._part[: self._n_filled]))
-            self._part, self._n_filled, self._sent_s = None, 0, time.monotonic()
-
-    @abstractmethod
-    def _room(self) -> NDArray[np.uint8]:
-        """Wait for room for a part, [n, 3, S, S]."""
-
-    @abstractmethod
-    def _send(self, chunk: Chunk) -> None:
-        """Pass on the part that was filled."""
-
-
-class _SharedParts(_Parts):
-    """Sends parts through shared memory."""
-
-    def __init__(self, slots: NDArray[np.uint8], inbox: _Inbox) -> None:
-        super().__init__()
-        self._slots, self._inbox = slots, inbox
-        self._slot = 0
-
-    def _room(self) -> NDArray[np.uint8]:
-        self._slot = self._inbox.slot()
-        return self._slots[self._slot]
-
-    def _send(self, chunk: Chunk) -> None:
-        self._inbox.pipe.send(_Filled(self._slot, chunk.first, len(chunk.crops)))
-
-    def release(self) -> None:
-        """Keep a slot that was taken and not sent, for the next video."""
-        if self._part is not None:
-            self._inbox.free.append(self._slot)
-
-
-class _QueuedParts(_Parts):
-    """Sends parts to another thread."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.arrivals: queue.SimpleQueue[Chunk | Answer | BaseException] = queue.SimpleQueue()
-        self.room = threading.Semaphore(_SLOTS)
-        self._shape = shape
-        self._is_closed = False
-
-    def _room(self) -> NDArray[np.uint8]:
-        self.room.acquire()
-        if self._is_closed:
-            raise DecodeError("nobody waits for this video any more")
-        return np.empty(self._shape, np.uint8)
-
-    def _send(self, chunk: Chunk) -> None:
-        self.arrivals.put(chunk)
-
-    def close(self) -> None:
-        """Take no further part, so that the decoder comes to its end."""
-        self._is_closed = True
-        self.room.release()
-
-
-def _out_of_memory(limit_bytes: int) -> Failure:
-    return Failure(f"out of memory: a worker may take {_gib(limit_bytes)} for a video", is_final=False)
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.3g} GiB"
-
-
-def _is_damaged(answer: Answer) -> bool:
-    """Whether the video, or part of it, is missing."""
-    return answer.is_final if isinstance(answer, Failure) else answer.kept < 1
-
-
-def _limit_memory(n_bytes: int) -> None:
-    """Let an allocation beyond so much private memory fail, instead of taking the machine down; only Linux obeys."""
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = min(n_bytes, sys.maxsize if most == resource.RLIM_INFINITY else most)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (allowed, most))
-
-
-def _memory_bytes() -> int:
-    """Private memory of this process, as its limit counts it."""
-    try:
-        with open("/proc/self/statm") as file:  # noqa: PTH123 - after every video
-            return int(file.read().split()[5]) * resource.getpagesize()
-    except OSError:  # not Linux: the peak, in KiB or, on macOS, bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _peak_bytes() -> int:
-    """The most memory that was ever resident; 0 where no limit is obeyed. `ru_maxrss` may be that of the parent."""
-    with suppress(OSError), open("/proc/self/status") as file:  # noqa: PTH123 - as above
-        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), 0)
-    return 0
-
-
-def _size(path: str) -> int:
-    try:
-        return file_size(location(path))
-    except (OSError, ConfigError):
-        return 0
-
-
-def _die_with_parent() -> None:
-    """End this process as soon as the parent is gone, whatever the decoder is doing."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _attempt(decode: Decode, task: _Task, transform: TransformSpec, sink: _Parts) -> Answer:
-    """Decode one video; whatever goes wrong becomes its reason, except that memory is short."""
-    job, began = task.job, time.monotonic()
-    where = {"key": job.key, "start_s": job.start_s, "end_s": job.end_s, "views": job.views}
-    try:
-        video = decode(job.path, task.frames, transform, sink, **where, options=task.options)
-        sink.flush()
-        n_wanted = int(video.rows.max(initial=-1)) + 1
-        if video.rows.size and sink.n_crops == n_wanted:
-            return replace(video, seconds=time.monotonic() - began - sink.waited_s)
-        reason, is_final = f"decoder gave {sink.n_crops} of {n_wanted} crops", True
-    except DecodeError as error:
-        reason, is_final = error.reason, not isinstance(error, SourceError)
-    except MemoryError:
-        raise
-    except Exception as error:  # the one place that catches all: one video in one process
-        reason, is_final = f"{type(error).__name__}: {error}".partition("\n")[0][:300], True
-    return Failure(reason, task.attempts, is_final, time.monotonic() - began - sink.waited_s)
