@@ -190,12 +190,12 @@ class Extraction:
 
         is_random = self.sampling == "random" or self.crops == "random"
         return FrameSpec(
-            n_frames=self.frames or (8 if self.sampling in ("uniform", "random", "dense") else None),
+            n_frames=8 if self.frames is None and self.sampling in ("uniform", "random", "dense") else self.frames,
             sampling=self.sampling,
             decoder=self.decoder,
-            stride=self.stride or (4 if self.sampling == "dense" else None),
+            stride=4 if self.stride is None and self.sampling == "dense" else self.stride,
             clips=self.clips,
-            rate_fps=self.fps or (1.0 if self.sampling == "fps" else None),
+            rate_fps=1.0 if self.fps is None and self.sampling == "fps" else self.fps,
             crops=None if self.crops == "centre" else self.crops,
             flip=self.flip or None,
             seed=self.seed if self.seed is not None or not is_random else 0,
@@ -210,10 +210,11 @@ class Extraction:
 
         if self.on_damage not in ("skip", "salvage", "fail"):
             raise UnknownName("way to treat damage", self.on_damage, ("skip", "salvage", "fail"))
+        memory_gib = self.worker_memory if 0 < self.worker_memory < 1e6 else 0  # NaN, too: refused as too little
         return ExtractOptions(
             workers=self.workers or cores(),
             timeout_s=self.timeout,
-            worker_bytes=round(self.worker_memory * 2**30),
+            worker_bytes=round(memory_gib * 2**30),
             batch_frames=self.batch,
             shard_videos=self.shard_videos,
             ignore_space=self.ignore_space,
@@ -269,7 +270,7 @@ def extract(asked: Extraction, store: Store, as_json: Json = False, quiet: Quiet
     spec = FeatureSpec(frames, tower.spec, asked.dtype, asked.token_grid)
     with stopped_by_sigterm():
         report = extract_features(manifest, store, tower, spec, wanted, options)
-    show(report.to_json(), report.describe(), as_json)
+    show(report.to_json(), f"{manifest.describe()}\n{report.describe()}", as_json)
     if report.interrupted or report.n_failed:
         raise typer.Exit(130 if report.interrupted else 3)
 

@@ -196,6 +196,7 @@ def forecast(
         store, spec, spec.shape_of(tower.shape), names, manifest,
         shard_videos=options.shard_videos, part=options.part,
     )  # fmt: skip
+    writer.tried = options.tried
     todo = writer.remaining(retry=options.retry)
     given_up = set(writer.remaining(retry=True)) - set(todo)
     tasks = list(jobs(writer, manifest, [todo]))

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import time
 from collections import Counter
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from ..data_manifests.locations import refuse_unreachable
 from ..data_manifests.records import Manifest, listed
 from .arrays import StoreError
 from .compress import fidelity, pool_tokens, rounded
-from .frames import DecodeError, DecodeOptions
+from .frames import DecodedVideo, DecodeError, DecodeOptions
 from .leases import WHOLE, Part
 from .progress import Progress
 from .shards import SALVAGED
@@ -55,6 +55,7 @@ class ExtractReport:
     tower_s: float = 0.0
     write_wait_s: float = 0.0  # the disk was behind
     interrupted: bool = False
+    n_relabelled: int = 0  # videos whose label, split or group the store's manifest had otherwise
     changed: list[str] = field(default_factory=list)  # ids whose files have another size than before: extracted again
     n_salvaged: int = 0  # damaged videos of which a part was taken
     batch_frames: int | None = None  # what the device's memory held, where it was less than asked for
@@ -80,6 +81,14 @@ class ExtractReport:
         """Take the cosines [...] between what was computed and what will be read of a feature."""
         self.fidelity[feature] = min(self.fidelity.get(feature, 1.0), round(float(cosines.min()), 6))
 
+    def absorb(self, other: ExtractReport) -> None:
+        """Count what a second pass over some of the videos did."""
+        for name in ("n_written", "n_frames", "decode_wait_s", "tower_s", "write_wait_s", "n_salvaged"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.failures |= other.failures
+        self.interrupted |= other.interrupted
+        self.fidelity |= {name: min(cosine, self.fidelity.get(name, 1.0)) for name, cosine in other.fidelity.items()}
+
     def live(self, seconds: float) -> dict[str, str]:
         """What a long run shows beside its rate: shares of the time, and failures by reason."""
         shares = {"decode-wait": self.decode_wait_s, "tower": self.tower_s, "write-wait": self.write_wait_s}
@@ -99,11 +108,11 @@ class ExtractReport:
 
     def describe(self) -> str:
         """The report for people."""
-        rate = f"{self.n_written / self.seconds:.1f} videos/s, {self.n_frames / self.seconds:.0f} frames/s"
         lines = [
-            f"{self.store}: {self.n_written:,} videos written, {self.n_present:,} were there, {self.n_failed:,} failed"
+            f"{self.store}: {self.n_written:,} videos written, {self.n_present:,} had everything, {self.n_failed:,} failed"
         ]
-        if self.n_written:
+        if self.n_written and self.seconds:
+            rate = f"{self.n_written / self.seconds:.1f} videos/s, {self.n_frames / self.seconds:.0f} frames/s"
             lines.append(
                 f"{self.seconds:.1f} s, {rate}; waited {self.decode_wait_s:.1f} s for decoding, "
                 f"{self.tower_s:.1f} s for the tower, {self.write_wait_s:.1f} s for the disk"
@@ -111,6 +120,8 @@ class ExtractReport:
         if self.fidelity and self.n_written:
             cosines = ", ".join(f"{name} {cosine:.6f}" for name, cosine in self.fidelity.items())
             lines.append(f"smallest cosine between float32 and what was stored, in a sample: {cosines}")
+        if self.n_relabelled:
+            lines.append(f"{self.n_relabelled:,} videos have another label, split or group in the store than before")
         if self.changed:
             lines.append(f"{len(self.changed):,} videos have other files than before and were extracted again")
         if self.n_salvaged:
@@ -123,7 +134,11 @@ class ExtractReport:
         if self.n_failed > 10:
             lines.append(f"and {self.n_failed - 10} more: coldframe inspect {self.store} --json")
         if self.n_failed:
-            lines.append("what may mend by itself is tried again by the next run; --retry tries all of them again")
+            lines.append(
+                "the next run tries again what may mend by itself (files, disks, memory); --retry tries everything"
+            )
+        if any(reason.startswith(("truncated", "corrupt")) for reason in self.failures.values()):
+            lines.append("--on-damage salvage takes what can be read of files that are cut off or have holes")
         if self.interrupted:
             lines.append("interrupted; the same command goes on from here")
         return "\n".join(lines)
@@ -146,11 +161,25 @@ class ExtractOptions:
     part: Part = WHOLE  # of the videos, when several processes write one store
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.batch_frames < 1:
+            raise ConfigError(
+                "a pass of the tower takes some frames", seen=f"batch={self.batch_frames}", wanted="1 or more"
+            )
+        if self.salvage is not None and not 0 < self.salvage <= 1:  # NaN is not
+            raise ConfigError("the smallest share of a video's frames is above 0 and at most 1", seen=self.salvage)
+
+    @property
+    def tried(self) -> str:
+        """What a failure depends on besides the file: under other options the video is worth another try."""
+        return f"salvage {self.salvage}, at most {self.max_frames} frames"
+
 
 def extract(
     manifest: Manifest, store: Path, tower: Tower, spec: FeatureSpec, features: Sequence[str],
     options: ExtractOptions | None = None, *,
-    void: Mapping[str, Container[str]] | None = None, only: Container[str] | None = None,
+    void: Mapping[str, Collection[str]] | None = None, only: Collection[str] | None = None,
 ) -> ExtractReport:  # fmt: skip
     """Write the features of every video of `manifest` to a store; resume it if it exists.
 
@@ -179,14 +208,15 @@ def extract(
     with FeatureWriter.open(
         store, spec, shape, asked, manifest, shard_videos=options.shard_videos, part=options.part
     ) as writer:
-        writer.void = dict(void or {})
-        report.changed = writer.changed_files()
-        writer.void |= dict.fromkeys(report.changed, writer.arrays)
-        todo = [key for key in writer.remaining(retry=options.retry) if only is None or key in only]
-        again = set(todo)
+        writer.void, writer.tried = void or {}, options.tried
+        changed = set(writer.changed_files()) if only is None else set()
+        todo = [
+            key for key in writer.remaining(retry=options.retry) if key not in changed and (only is None or key in only)
+        ]
+        again = {*todo, *changed}
         report.failures = {row.video_id: row.reason for row in writer.failures if row.video_id not in again}
-        report.n_videos = len(writer.ids)
-        report.n_present = report.n_videos - len(todo) - report.n_failed
+        report.n_videos, report.n_relabelled = len(writer.ids), writer.n_relabelled
+        report.n_present = report.n_videos - len(again) - report.n_failed
         if todo:
             names = canonical_features({n for key in todo for n in writer.missing(key).names}, tower.shape.layers)
             shards = writer.plan(todo)
@@ -202,10 +232,20 @@ def extract(
                     for key, answer, features_of_it in videos:
                         if options.stop_at_damage and isinstance(answer, Failure):
                             raise DecodeError(f"{key}: {answer.reason}", fix="Mend it, or leave out --on-damage fail.")
-                        filing.file(key, answer, features_of_it)
+                        if isinstance(answer, DecodedVideo) and writer.is_another(key, answer):
+                            changed.add(key)
+                            filing.leave(key)
+                        else:
+                            filing.file(key, answer, features_of_it)
                         progress.update(1, **report.live(time.perf_counter() - started))
             except KeyboardInterrupt:
                 report.interrupted = True
+    if changed and not report.interrupted:
+        # All that the store has of them is of another file: everything is written anew, in all views.
+        whole = dataclasses.replace(options, retry=True)
+        everything = dict.fromkeys(changed, writer.every_array)
+        report.absorb(extract(manifest, store, tower, spec, writer.every_feature, whole, void=everything, only=changed))
+        report.changed = sorted(changed)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -396,6 +436,10 @@ class _Shards:
         finally:
             self._disk.shutdown(wait=True)
 
+    def leave(self, key: str) -> None:
+        """A video of which nothing is to be kept."""
+        self._settle(self._shard_of[key])
+
     def file(self, key: str, answer: Answer, features: Mapping[str, Tensor]) -> None:
         """Give a video to its shard, with its features or with the reason why it has none."""
         number = self._shard_of[key]
@@ -410,8 +454,13 @@ class _Shards:
             self._report.n_written += 1
             self._report.n_frames += answer.rows.size
             self._report.n_salvaged += answer.kept < SALVAGED
+        self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        """One video of a shard less is awaited; long videos fill a shard before all of them have come."""
         self._missing[number] -= 1
-        if self._missing[number] == 0 or shard.n_bytes > _FULL_BYTES:
+        shard = self._open.get(number)
+        if shard and (self._missing[number] == 0 or shard.n_bytes > _FULL_BYTES):
             self._commit(number)
 
     def _commit(self, number: int) -> None:

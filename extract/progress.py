@@ -25,7 +25,7 @@ class Progress:
         self.done = 0
         self._total = total
         self._unit = unit
-        self._quiet = quiet or total == 0
+        self._quiet = quiet or total == 0 or sys.stderr is None  # closed, as of a daemon
         self._note = ""
         self._bar: progress.Progress | None = None
 
@@ -63,7 +63,9 @@ class Progress:
             self._bar.stop()
         elif not self._quiet:
             took = f"in {_clock(time.monotonic() - self._began_s)}"
-            self._say(took if kind is None else f"{took}, then {kind.__name__}")
+            self._say(
+                took if kind is None else f"{took}, interrupted" if kind is KeyboardInterrupt else f"{took}, then ended"
+            )
 
     def _rate(self) -> float:
         return self.done / max(time.monotonic() - self._began_s, 1e-9)

@@ -65,6 +65,7 @@ _COLUMNS = {
     "attempts": pa.int32(),
     "content_hash": pa.string(),
     "seconds": pa.float64(),
+    "tried": pa.string(),
 }
 
 
@@ -85,6 +86,7 @@ class VideoRow:
     attempts: int = 1
     content_hash: str = ""
     seconds: float = 0.0
+    tried: str = ""  # of a failure: under which settings
     crc32c: Mapping[str, int] = dataclasses.field(default_factory=dict)  # array -> checksum of the video's bytes
 
     @property
@@ -111,6 +113,11 @@ class Shard:
         """The file of the rows: where it is, the shard is whole."""
         return self.path / _TABLE
 
+    @property
+    def sums(self) -> bytes:
+        """The digests of its files: two shards with the same are the same."""
+        return read_bytes(self.path / _SUMS)
+
     @functools.cached_property
     def first_frame(self) -> tuple[int, ...]:
         """Where each row's frames begin, and after the last row F."""
@@ -122,7 +129,7 @@ class Shard:
         try:
             content = pa.BufferReader(read_bytes(path / _TABLE))
             with pq.ParquetFile(content, page_checksum_verification=True) as file:
-                table = file.read()
+                table = file.read(use_threads=False)  # its threads may outlive the interpreter, and abort it
             arrays = tuple(name.removeprefix(_SUM) for name in table.column_names if name.startswith(_SUM))
             sums = table.select([_SUM + name for name in arrays]).rename_columns(arrays).to_pylist()
             columns = [name for name in _COLUMNS if name in table.column_names]  # an older release wrote fewer

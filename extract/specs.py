@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 DTYPES = ("float16", "bfloat16", "float32", "int8")  # int8: patch and class tokens, with a float16 scale each
 SAMPLINGS = ("uniform", "random", "dense", "fps", "all")
 CROPS = ("centre", "three", "random")
+_MOST = 10_000  # frames a second, clips, draws: more is a slip of the pen
 DECODERS = ("auto", "decord", "pyav", "torchcodec")  # auto: decord where it is exact, else PyAV
 IMPORTED = "imported"  # frames, decoder or tower of features that came from elsewhere; nothing here can make such
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -55,8 +56,11 @@ class FrameSpec:
         _whole("stride", self.stride, self.sampling == "dense", f"sampling {self.sampling}")
         _whole("clips", self.clips, None if self.sampling == "dense" else False, f"sampling {self.sampling}")
         _whole("draws", self.draws if is_random or self.draws != 1 else None, is_random, "nothing random")
-        if (self.rate_fps is not None) != (self.sampling == "fps") or not (self.rate_fps is None or self.rate_fps > 0):
-            raise ConfigError("sampling fps takes a rate above 0, and no other takes one", seen=f"rate={self.rate_fps}")
+        if (self.rate_fps is not None) != (self.sampling == "fps") or not 0 < (
+            1 if self.rate_fps is None else self.rate_fps
+        ) <= _MOST:
+            wanted = f"above 0 and at most {_MOST}"
+            raise ConfigError("sampling fps takes a rate, no other does", seen=f"fps={self.rate_fps}", wanted=wanted)
         if (self.seed is not None) != is_random:
             raise ConfigError("a seed belongs to random frames or random crops", seen=f"seed={self.seed}")
         if self.flip is not None and self.crops != "random":
@@ -283,6 +287,9 @@ def _whole(name: str, value: int | None, needed: bool | None, what: str) -> None
         raise ConfigError(f"{what} takes no {name}", seen=f"{name}={value}")
     if value is not None and value < 1:
         raise ConfigError(f"{name} must be at least 1", seen=f"{name}={value}")
+    most = _MOST if name in ("clips", "draws") else 1_000_000
+    if value is not None and value > most:
+        raise ConfigError(f"{name} must be at most {most:,}", seen=f"{name}={value}")
 
 
 def _identity(spec: Any) -> dict[str, Any]:

@@ -208,7 +208,10 @@ class FeatureStore:
         lengths = torch.from_numpy(self.lengths(ids))  # [B]
         n_frames = int(lengths.max()) if len(ids) else 0
         mask = torch.arange(n_frames) < lengths[:, None]  # [B, T]
-        keys = list(zip(ids, [view] * len(ids) if isinstance(view, int) else view, strict=True))
+        views = [view] * len(ids) if isinstance(view, int | np.integer) else view
+        if len(views) != len(ids):
+            raise ValueError(f"{len(ids)} videos have {len(views)} views")
+        keys = [(video_id, int(number)) for video_id, number in zip(ids, views, strict=True)]
         features: dict[str, Tensor] = {}
         for name in canonical_features(names, self.shape.layers):
             self._refuse_absent(name, keys)
@@ -334,7 +337,8 @@ class FeatureStore:
             "manifest_fingerprint": self._header.manifest_fingerprint,
             "n_videos": len(self.ids),
             "n_views": self.n_views,
-            "n_failed": len(self.failures),
+            "n_failed": sum(row.video_id not in self for row in self.failures),
+            "n_expected": len(self.manifest.ids),
             "n_frames": n_frames,
             "n_with_repeated_frames": sum(row.n_repeated > 0 for row in rows),
             "n_salvaged": sum(row.kept < SALVAGED and row.view == 0 for row in rows),
@@ -345,7 +349,11 @@ class FeatureStore:
                 for name in self.features
             },
             "decoders": dict(Counter(row.decoder for row in rows).most_common()),
-            "failures": {row.video_id: row.reason for row in self.failures},
+            "failures": {row.video_id: row.reason for row in self.failures if row.video_id not in self},
+            "failed_since": {row.video_id: row.reason for row in self.failures if row.video_id in self},
+            "partly": self._partly(),
+            "salvaged": {row.video_id: round(row.kept, 4) for row in rows if row.kept < SALVAGED and row.view == 0},
+            "duplicates": [list(group) for group in self.duplicates()],
             "n_deferred": sum(row.status == "deferred" for row in self.failures),
             "n_shards": len(shards),
             "created_at": self._header.created_at,
@@ -358,14 +366,20 @@ class FeatureStore:
     def describe(self) -> str:
         """`stats` for people."""
         facts, tower = self.stats(), self.spec.tower
+        since = list(facts["failed_since"].items())
         grid = f", patches pooled to {self.spec.token_grid} x {self.spec.token_grid}" if self.spec.token_grid else ""
         lines = [
-            f"{self.path}: {facts['n_videos']:,} videos, {facts['n_frames']:,} frames, {facts['n_failed']:,} failed",
+            f"{self.path}: {facts['n_videos']:,} of {facts['n_expected']:,} videos, {facts['n_frames']:,} frames, "
+            f"{facts['n_failed']:,} failed",
             f"  tower    {tower.model} {tower.pretrained} {tower.precision}, weights {tower.weights_sha256[:16]}",
             f"  frames   {self.spec.frames.describe()}, decoder {self.spec.frames.decoder}, "
             f"stored as {self.spec.dtype}{grid}",
             f"  settings {self.fingerprint}, shards: {facts['n_shards']:,}, changed {facts['changed_at']}",
             *(f"  feature  {name:<11} {n_bytes / 1e3:12,.0f} kB" for name, n_bytes in facts["feature_bytes"].items()),
+            *(
+                f"  partly   {name}: {n:,} of {facts['n_videos']:,} videos have it"
+                for name, n in facts["partly"].items()
+            ),
             *([f"  views    {self.n_views} of every video"] if self.n_views > 1 else []),
             *([f"  salvaged {facts['n_salvaged']:,} damaged videos, as far as they go"] if facts["n_salvaged"] else []),
             *(
@@ -374,10 +388,17 @@ class FeatureStore:
                 else []
             ),
             *(f"  LEAK     in several splits: {', '.join(group)}" for group in facts["leaks"][:20]),
+            *(f"  since    {video_id}: {reason}; older features stay" for video_id, reason in since[:5]),
             *(f"  failed   {video_id}: {reason}" for video_id, reason in list(facts["failures"].items())[:20]),
             *([f"           and {facts['n_failed'] - 20:,} more, see --json"] if facts["n_failed"] > 20 else []),
         ]
         return "\n".join(lines)
+
+    def _partly(self) -> dict[str, int]:
+        """Features that some videos have and others lack, and how many have them."""
+        names = [name for name in self._header.features if name not in self.features]
+        held = {name: sum(view == 0 for _, view in self.catalogue.holders.get(name, ())) for name in names}
+        return {name: n for name, n in held.items() if n}
 
     def _row(self, key: Key) -> VideoRow:
         """The row of a view that has features."""

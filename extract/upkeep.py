@@ -30,6 +30,7 @@ from .leases import Lease
 from .pipeline import ExtractOptions, encode_videos, extract
 from .progress import Progress
 from .shards import (
+    SALVAGED,
     Damage,
     Shard,
     VideoRow,
@@ -62,6 +63,8 @@ class VerifyReport:
     damage: list[Damage] = field(default_factory=list)
     videos: dict[str, tuple[str, ...]] = field(default_factory=dict)  # id → arrays that cannot be trusted
     n_absent: int = 0  # videos of the manifest that were not extracted yet, nor failed
+    n_failed: int = 0  # videos whose last attempt failed
+    has_quarantine: bool = False  # whether shards wait there that could not be replaced
     n_decoded_again: int = 0  # by --deep
     unlike: dict[str, str] = field(default_factory=dict)  # id → how it differs when it is decoded and encoded again
     gone: dict[str, str] = field(default_factory=dict)  # id → why it could not be decoded again
@@ -94,6 +97,14 @@ class VerifyReport:
         if self.n_absent:
             lines.append(
                 f"  absent   {self.n_absent:,} videos of the manifest are neither there nor failed: extract goes on"
+            )
+        if self.n_failed:
+            lines.append(
+                f"  failed   {self.n_failed:,} videos at the last attempt: see inspect; extract --retry tries again"
+            )
+        if self.has_quarantine:
+            lines.append(
+                f"  aside    {self.store / _QUARANTINE} has shards whose rows are unreadable: delete it when extract is done"
             )
         n_bad = len(self.videos.keys() | self.unlike.keys())
         if self.repaired:
@@ -131,6 +142,7 @@ def verify(store: Path, *, quiet: bool = False) -> VerifyReport:
     catalogue = _readable(store, report)
     bad = _untrusted(catalogue, report)
     report.videos = {video_id: tuple(sorted(bad[video_id])) for video_id in sorted(bad)}
+    report.n_failed, report.has_quarantine = len(catalogue.troubles), _QUARANTINE in inside
     report.n_absent = sum((i, 0) not in catalogue.newest and i not in catalogue.troubles for i in manifest.ids)
     return report
 
@@ -147,7 +159,8 @@ def verify_deep(
     Raises:
         SpecMismatch: the tower is not the one that made the store.
     """
-    opened, options = FeatureStore.open(store, check=False), options or ExtractOptions()
+    opened = FeatureStore.open(store, check=False)
+    options = _as_salvaged(opened.catalogue, options)
     opened.spec.expect(dataclasses.replace(opened.spec, tower=tower.spec), f"the store {store}")
     sound = [i for i in opened.ids if i not in report.videos and i in opened.manifest.by_id]
     drawn = np.random.default_rng(0).permutation(sound)[: max(round(sample * len(sound)), min(1, len(sound)))]
@@ -181,7 +194,7 @@ def repair(store: Path, tower: Tower, report: VerifyReport, options: ExtractOpti
         StoreError: somebody is writing the store.
     """
     refuse_url(store, "repair")
-    header, options = Header.read(store), options or ExtractOptions()
+    header, options = Header.read(store), _as_salvaged(_readable(store, report), options)
     lost = sorted({damage.shard for damage in report.damage if damage.is_unreadable})
     with Lease.take(store):
         for name in lost:
@@ -203,7 +216,8 @@ def repair(store: Path, tower: Tower, report: VerifyReport, options: ExtractOpti
         _fold(store, catalogue, damaged, bad=_places(catalogue, report.damage))
         if not again.failures and not again.interrupted:
             shutil.rmtree(store / _QUARANTINE, ignore_errors=True)
-    report.repaired, report.failures = not again.interrupted, again.failures
+    report.repaired = not again.interrupted
+    report.failures = {i: reason for i, reason in again.failures.items() if lost or i in void}
 
 
 def compact(store: Path, *, quiet: bool = False) -> tuple[int, int]:
@@ -213,18 +227,20 @@ def compact(store: Path, *, quiet: bool = False) -> tuple[int, int]:
         StoreError: somebody is writing the store; or it is damaged, and must be repaired first.
     """
     refuse_url(store, "compact")
+    Header.read(store)  # before anything is made in a folder that is no store
     with Lease.take(store):
         remove_torn(store / SHARDS)
         catalogue = FeatureStore.open(store).catalogue
-        loose = [number for number in range(len(catalogue.shards)) if not _is_full(catalogue, number)]
-        n_before, is_alone = len(catalogue.shards), len(loose) == 1 and _is_alive(catalogue, loose[0])
-        if loose and not is_alone:
+        n_before = len(catalogue.shards)
+        loose = [number for number in range(n_before) if not _is_full(catalogue, number)]
+        n_new = len(_new_shards(catalogue, _alive(catalogue, loose))) + bool(_failed_rows(catalogue, loose))
+        if n_new < len(loose) or not all(_is_alive(catalogue, number) for number in loose):
             _fold(store, catalogue, loose, quiet=quiet)
     return n_before, len(committed(store / SHARDS))
 
 
 def merge(store: Path, others: Sequence[Path]) -> int:
-    """Add the videos and features of other stores to a store; gives the number of shards added.
+    """Add the videos and features of other stores to a store, or to a new one; gives the number of shards added.
 
     Files are linked where the file system can, so that nothing is copied; the other stores stay as they are.
 
@@ -235,20 +251,41 @@ def merge(store: Path, others: Sequence[Path]) -> int:
     for place in (store, *others):
         refuse_url(place, "merge")
     n_added = 0
+    if not store.exists():
+        _begin_like(store, others[0])
+    Header.read(store)  # before anything is made in a folder that is no store
     with Lease.take(store):
         for other in others:
             ours, theirs = FeatureStore.open(store), FeatureStore.open(other)
+            if ours.path.resolve() == theirs.path.resolve():
+                raise StoreError(f"{store} cannot be merged into itself")
             ours.spec.expect(theirs.spec, f"the store {store}")
             manifest = _union(ours, theirs)
+            known = {shard.sums for shard in ours.catalogue.shards}
             number = max((shard.number for shard in ours.catalogue.shards), default=-1)
             for shard in theirs.catalogue.shards:
-                copy_shard(shard.path, store / SHARDS, number := number + 1)
-                n_added += 1
+                if shard.sums not in known:
+                    copy_shard(shard.path, store / SHARDS, number := number + 1)
+                    n_added += 1
             replace_file(store / MANIFEST, manifest.write)
-            header = Header.read(store)
-            features = tuple(dict.fromkeys((*header.features, *Header.read(other).features)))
-            dataclasses.replace(header, manifest_fingerprint=manifest.fingerprint, features=features).write(store)
+            mine, of_other = Header.read(store), Header.read(other)
+            draws = max(mine.spec.frames.draws, of_other.spec.frames.draws)
+            dataclasses.replace(
+                mine,
+                spec=dataclasses.replace(mine.spec, frames=dataclasses.replace(mine.spec.frames, draws=draws)),
+                manifest_fingerprint=manifest.fingerprint,
+                features=tuple(dict.fromkeys((*mine.features, *of_other.features))),
+            ).write(store)
     return n_added
+
+
+def _begin_like(store: Path, other: Path) -> None:
+    """Make a store without shards that is of the videos and settings of another."""
+    header = Header.read(other)
+    manifest = header.read_manifest(other)
+    (store / SHARDS).mkdir(parents=True)
+    manifest.write(store / MANIFEST)
+    header.write(store)
 
 
 def _readable(store: Path, report: VerifyReport) -> Catalogue:
@@ -281,35 +318,57 @@ def _places(catalogue: Catalogue, found: Iterable[Damage]) -> set[tuple[str, Pla
     }
 
 
-def _fold(
-    store: Path, catalogue: Catalogue, numbers: Sequence[int], bad: Collection[tuple[str, Place]] = (), *,
-    quiet: bool = True,
-) -> None:  # fmt: skip
-    """Write what is alive in some shards, and not bad, into new ones; then remove them."""
+def _as_salvaged(catalogue: Catalogue, options: ExtractOptions | None) -> ExtractOptions:
+    """Options that take again every video that was taken: also those that were salvaged."""
+    shares = [row.kept for row in catalogue.rows() if row.kept < SALVAGED]
+    least = max(min(shares, default=1.0) - 1e-6, 1e-6)
+    return dataclasses.replace(options or ExtractOptions(), **({"salvage": least} if shares else {}), max_frames=None)
+
+
+Alive = dict[Key, dict[str, Place]]  # what of a view lies where
+
+
+def _alive(catalogue: Catalogue, numbers: Sequence[int], bad: Collection[tuple[str, Place]] = ()) -> Alive:
+    """What some shards hold that no newer one has replaced, and that is not bad; with the times of each view."""
     folded, alive = set(numbers), defaultdict[Key, dict[str, Place]](dict)
     for array, held in catalogue.holders.items():
         for key, place in held.items():
             if array != TIMES and place[0] in folded and (array, place) not in bad:
                 alive[key][array] = place
+    times = catalogue.holders.get(TIMES, {})
+    return {key: {**alive[key], TIMES: times[key]} for key in sorted(alive) if (TIMES, times[key]) not in bad}
+
+
+def _new_shards(catalogue: Catalogue, alive: Alive) -> list[list[Key]]:
+    """Deal views to shards of the usual size; those of one shard have the same arrays."""
     groups: dict[tuple[str, ...], list[Key]] = defaultdict(list)
-    for key in sorted(alive):
-        times = catalogue.holders[TIMES][key]
-        if (TIMES, times) not in bad:
-            alive[key][TIMES] = times
-            groups[tuple(alive[key])].append(key)
-    next_number = max(shard.number for shard in catalogue.shards) + 1 if catalogue.shards else 0
-    with Progress(sum(map(len, groups.values())), "videos moved", quiet=quiet) as progress:
-        for keys in (part for group in groups.values() for part in _parts(catalogue, group, alive)):
+    for key, places in alive.items():
+        groups[tuple(sorted(places))].append(key)
+    return [part for group in groups.values() for part in _parts(catalogue, group, alive)]
+
+
+def _failed_rows(catalogue: Catalogue, numbers: Sequence[int]) -> list[VideoRow]:
+    """What some shards say of videos whose last attempt failed."""
+    return [row for number in numbers for row in catalogue.shards[number].rows if _is_trouble(catalogue, row)]
+
+
+def _fold(
+    store: Path, catalogue: Catalogue, numbers: Sequence[int], bad: Collection[tuple[str, Place]] = (), *,
+    quiet: bool = True,
+) -> None:  # fmt: skip
+    """Write what is alive in some shards, and not bad, into new ones; then remove them."""
+    alive, failed = _alive(catalogue, numbers, bad), _failed_rows(catalogue, numbers)
+    number = max((shard.number for shard in catalogue.shards), default=-1)
+    with Progress(len(alive), "videos moved", quiet=quiet) as progress:
+        for keys in _new_shards(catalogue, alive):
             rows = [dataclasses.replace(catalogue.row(next(iter(alive[key].values()))), crc32c={}) for key in keys]
             arrays = {name: [_content(catalogue, name, alive[key][name]) for key in keys] for name in alive[keys[0]]}
-            write_shard(store / SHARDS, next_number, rows, arrays)
-            next_number += 1
+            write_shard(store / SHARDS, number := number + 1, rows, arrays)
             progress.update(len(keys))
-    failed = [row for number in numbers for row in catalogue.shards[number].rows if _is_trouble(catalogue, row)]
     if failed:
-        write_shard(store / SHARDS, next_number, failed, {})
-    for number in numbers:
-        remove_shard(catalogue.shards[number].path)
+        write_shard(store / SHARDS, number + 1, failed, {})
+    for old in numbers:
+        remove_shard(catalogue.shards[old].path)
 
 
 def _parts(catalogue: Catalogue, keys: Sequence[Key], alive: Mapping[Key, Mapping[str, Place]]) -> Iterator[list[Key]]:

@@ -376,7 +376,7 @@ class _Worker:
                 return replace(out_of_memory(self._orders.memory_bytes), seconds=spent_s)
             was_killed = code == -signal.SIGKILL  # by the system, for want of memory
             reason = f"decoder {cause}" + (f": {last_words}" if last_words else "")
-            return Failure(reason, is_final=not was_killed, seconds=spent_s)
+            return Failure(reason, is_final=not was_killed and code != 1, seconds=spent_s)
         if time.monotonic() < self.deadline_s(timeout_s):
             return None
         reason = f"timed out after {timeout_s + self._patience_s:g} s"

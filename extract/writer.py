@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data_manifests.locations import is_local, is_url, location, names_in
-from ..data_manifests.records import Manifest, listed
+from ..data_manifests.records import Manifest, VideoRecord, listed
 from .arrays import StoreError
 from .catalogue import COPY, HEADER, MANIFEST, SHARDS, TIMES, Catalogue, Header, Key, way_back
 from .compress import rounded
 from .journal import Journal
 from .leases import LEASES, WHOLE, Lease, Part, exclusive, live
 from .shards import VideoRow, committed, read_shards, remove_torn, replace_file, write_shard
-from .specs import FeatureSpec, FrameSpec, TowerShape, arrays_of, canonical_features
+from .specs import FeatureSpec, FrameSpec, SpecMismatch, TowerShape, arrays_of, canonical_features
 
 if TYPE_CHECKING:
     from .frames import DecodedVideo
@@ -57,7 +57,9 @@ class FeatureWriter:
         self._journal = Journal(path)
         self._next_number = catalogue.shards[-1].number + 1 if catalogue.shards else 0
         self._part, self._lease = part, lease
-        self.void: Mapping[str, Container[str]] = {}  # video id -> arrays that are there but shall be written again
+        self.void: Mapping[str, Collection[str]] = {}  # video id -> arrays that are there but shall be written again
+        self.n_relabelled = 0  # videos whose label, split or group was another in the store's manifest
+        self.tried = ""  # what a failure depends on besides the file
         self._shard_videos = SHARD_VIDEOS
 
     @classmethod
@@ -97,10 +99,12 @@ class FeatureWriter:
                 others = len(live(path)) - 1
                 header = _new_header(path, spec, shape, names, manifest, catalogue, others)
                 turn.check()
+                before = _manifest_of(path, Header.read(path)) if HEADER in names_in(path) else None
                 if not others or _manifest_of(path, header) is None:
                     replace_file(path / MANIFEST, manifest.write)
                 header.write(path)
             writer = cls(path, header, catalogue, manifest, names, part, lease)
+            writer.n_relabelled = _n_relabelled(before, manifest)
         except BaseException:
             lease.close()  # a traceback that somebody keeps would hold it
             raise
@@ -166,14 +170,27 @@ class FeatureWriter:
         ]
 
     @property
-    def arrays(self) -> tuple[str, ...]:
-        """The arrays that hold what is asked for."""
-        return tuple(array for name in self.features for array in arrays_of(name, self.spec.dtype))
+    def every_feature(self) -> tuple[str, ...]:
+        """What any run asked for."""
+        return self._header.features
+
+    @property
+    def every_array(self) -> tuple[str, ...]:
+        """The arrays that hold what any run asked for."""
+        return tuple(array for name in self.every_feature for array in arrays_of(name, self.spec.dtype))
+
+    def is_another(self, video_id: str, video: DecodedVideo) -> bool:
+        """Whether the store has features of another file under this id, not all of which are to be written again."""
+        place = self._catalogue.newest.get((video_id, 0))
+        if place is None or set(self.every_array) <= set(self.void.get(video_id, ())):
+            return False
+        row = self._catalogue.row(place)
+        return (row.content_hash, row.n_frames) != (video.content_sha256, video.rows.shape[1])
 
     def changed_files(self) -> list[str]:
         """Ids of this part's videos whose files have another size than when they were read; files that are gone have not.
 
-        Another content of the same size is only seen by `verify --deep`.
+        Another content of the same size is seen when the video is decoded: for something new, or by `verify --deep`.
         """
         rows = [
             row for row in self._catalogue.rows() if row.view == 0 and row.source_bytes and self._is_mine(row.video_id)
@@ -255,9 +272,17 @@ class FeatureWriter:
         return ShardBuilder(self, number, ids, canonical_features(missing, self._header.shape.layers))
 
     def _is_given_up(self, video_id: str) -> bool:
-        """Whether a video failed for good, or for now but too often."""
+        """Whether a video failed for good, or for now but too often; a file or a setting that changed gives new hope."""
         trouble = self._catalogue.troubles.get(video_id)
-        return trouble is not None and (trouble.status == "failed" or trouble.attempts >= _ATTEMPTS)
+        if trouble is None or (trouble.status != "failed" and trouble.attempts < _ATTEMPTS):
+            return False
+        size = _file_size(self._manifest.path_of(self._manifest.by_id[video_id]))
+        return trouble.tried == self.how(video_id) and size in (None, trouble.source_bytes)
+
+    def how(self, video_id: str) -> str:
+        """Under which settings, and of which part of a video, an attempt is made."""
+        record = self._manifest.by_id[video_id]
+        return f"{record.start_s} to {record.end_s} s, {self.tried}"
 
     def _videos_in_a_shard(self, missing: Missing) -> int:
         n_frames = (self._header.spec.frames.n_frames or _USUAL_FRAMES) * len(missing.views)
@@ -345,7 +370,9 @@ class ShardBuilder:
         """Keep why a video has no features; what is not final is tried again by the next run."""
         self._arrived(video_id)
         attempt, status = attempts or self._attempt(video_id), "failed" if is_final else "deferred"
-        self._rows[video_id, 0] = VideoRow(video_id, status, reason, attempts=attempt, seconds=seconds)
+        path = self._writer._manifest.path_of(self._writer._manifest.by_id[video_id])
+        tried = {"source_bytes": _file_size(path) or 0, "tried": self._writer.how(video_id)}
+        self._rows[video_id, 0] = VideoRow(video_id, status, reason, attempts=attempt, seconds=seconds, **tried)
         facts = {"video_id": video_id, "reason": reason, "attempt": attempt, "seconds": round(seconds, 3)}
         self._writer._journal.log(status, **facts)
 
@@ -439,11 +466,33 @@ def _new_header(
             fix="Wait for them, or give the same manifest.",
         )
     if stored and (catalogue.shards or others):  # a store without a shard is bound to nothing
-        stored.spec.expect(spec, f"the store {path}")
+        _expect(stored, spec, path)
         spec = dataclasses.replace(spec, frames=_with_draws(spec.frames, stored.spec.frames.draws))
         _refuse_other_videos(_manifest_of(path, stored), manifest, catalogue)
         asked, created_at = canonical_features((*stored.features, *names), shape.layers), stored.created_at
     return Header(spec, shape, asked, manifest.fingerprint, created_at, f"coldframe {version('coldframe')}")
+
+
+def _n_relabelled(before: Manifest | None, now: Manifest) -> int:
+    """Videos whose label, split or group has changed."""
+
+    def facts(manifest: Manifest, record: VideoRecord) -> tuple[str | None, str, str]:
+        label = None if record.label is None else manifest.class_names[record.label]
+        return label, record.split, record.group
+
+    old = {} if before is None else {r.video_id: facts(before, r) for r in before.records}
+    return sum(facts(now, r) != old.get(r.video_id, facts(now, r)) for r in now.records)
+
+
+def _expect(stored: Header, spec: FeatureSpec, path: Path) -> None:
+    """Refuse another spec than the store's, with the command that has the store's own settings."""
+    try:
+        stored.spec.expect(spec, f"the store {path}")
+    except SpecMismatch as error:
+        from .store import FeatureStore  # which stands on this file
+
+        command = FeatureStore(path, stored, Catalogue()).extract_command(stored.features)
+        raise SpecMismatch(str(error), fix=f"Its own settings are those of: {command}") from error
 
 
 def _with_draws(frames: FrameSpec, draws: int) -> FrameSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -367,3 +368,28 @@ def test_a_file_that_was_replaced_is_extracted_again(run, tmp_path: Path, clip: 
     assert json.loads(run("extract", "videos", "--store", "s", "--json", *TINY)[1])["n_written"] == 0
     opened = FeatureStore.open(tmp_path / "s")
     assert not np.allclose(opened.read("embedding", "a/0.mp4"), opened.read("embedding", "b/1.mp4"), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--batch", "0"), ("--worker-memory", "nan"), ("--worker-memory", "inf"), ("--sampling", "fps", "--fps", "0"),
+     ("--sampling", "fps", "--fps", "inf"), ("--sampling", "dense", "--stride", "0"), ("--min-fraction", "nan", "--on-damage",
+     "salvage"), ("--min-fraction", "2", "--on-damage", "salvage"), ("--draws", "3")],
+)  # fmt: skip
+def test_options_that_cannot_be_meant(run, store: Path, options: tuple[str, ...]) -> None:
+    refused(run("extract", store.parent / "videos", "--store", "s", *options, *TINY))
+
+
+def test_another_spec_is_refused_with_the_command_of_the_stores_own(run, store: Path) -> None:
+    answer = run("extract", store.parent / "videos", "--store", store, "--frames", "4", *TINY)
+    refused(answer, "n_frames", "coldframe extract", "--frames 8")
+
+
+def test_another_split_of_the_same_videos_is_told(run, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store.parent, tmp_path / "all")
+    manifest = FeatureStore.open(store).manifest
+    records = tuple(dataclasses.replace(r, split="test" if r.split == "val" else r.split) for r in manifest.records)
+    dataclasses.replace(manifest, records=records).write(tmp_path / "m.csv")
+    code, out, err = run("extract", "m.csv", "--store", "all/store", "--features", "embedding", *TINY)
+    assert code == 0, err
+    assert "2 videos have another label, split or group" in out

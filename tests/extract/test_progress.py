@@ -46,7 +46,7 @@ def test_an_interrupted_run_says_how_far_it_came(
         clock.now += 2.0
         shown.update()
         raise KeyboardInterrupt
-    assert capsys.readouterr().err == "1/9 steps · 0.5/s · in 0:00:02, then KeyboardInterrupt\n"
+    assert capsys.readouterr().err == "1/9 steps · 0.5/s · in 0:00:02, interrupted\n"
 
 
 @pytest.mark.parametrize(("total", "quiet"), [(5, True), (0, False)])

@@ -308,3 +308,93 @@ def test_merge_refuses_what_does_not_fit(toy, tmp_path: Path) -> None:
     with pytest.raises(SpecMismatch, match="n_frames"):
         upkeep.merge(toy.path, [third.path])
     assert_same(features(toy.path), before)
+
+
+def test_merge_keeps_the_draws_of_both(videos: Path, tower: Tower, tmp_path: Path) -> None:
+    for name, draws in (("one", 1), ("three", 3)):
+        spec = FeatureSpec(FrameSpec(2, "random", seed=0, draws=draws), tower.spec)
+        extract(from_folder(videos), tmp_path / name, tower, spec, ["embedding"], HERE)
+    upkeep.merge(tmp_path / "one", [tmp_path / "three"])
+    merged = FeatureStore.open(tmp_path / "one")
+    assert (merged.n_views, merged.spec.frames.draws) == (3, 3)
+    report = upkeep.verify(tmp_path / "one", quiet=True)
+    report.unlike = dict.fromkeys(merged.ids, "said to be")
+    upkeep.repair(tmp_path / "one", tower, report, HERE)
+    assert FeatureStore.open(tmp_path / "one").n_views == 3
+
+
+def test_merge_into_a_new_store_into_itself_and_again(toy, tmp_path: Path) -> None:
+    toy.write(IDS[:5], ["embedding"])
+    other = type(toy)(tmp_path / "other")
+    other.write(IDS[5:], ["embedding"])
+    assert upkeep.merge(tmp_path / "new", [toy.path, other.path]) == 2
+    assert FeatureStore.open(tmp_path / "new").ids == tuple(IDS)
+    assert upkeep.merge(tmp_path / "new", [toy.path, other.path]) == 0
+    with pytest.raises(StoreError, match="into itself"):
+        upkeep.merge(toy.path, [toy.path])
+
+
+@pytest.mark.parametrize("name", ["videos", "nowhere"])
+def test_upkeep_of_what_is_no_store_leaves_it_as_it_is(toy, tmp_path: Path, name: str) -> None:
+    toy.write(IDS[:1], ["embedding"])
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(StoreError, match="not a feature store"):
+        upkeep.compact(tmp_path / name, quiet=True)
+    with pytest.raises(StoreError, match="not a feature store"):
+        upkeep.merge(tmp_path / "videos", [toy.path])
+    assert not any((tmp_path / "videos").iterdir())
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_salvaged_videos_are_verified_and_repaired_as_they_were_taken(
+    videos: Path, tower: Tower, tmp_path: Path
+) -> None:
+    folder, store = tmp_path / "videos", tmp_path / "store"
+    shutil.copytree(videos, folder)
+    pictures = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), dtype=np.uint8)
+    write_video(folder / "a" / "cut.avi", pictures, fps=12, codec="mpeg4")
+    whole = (folder / "a" / "cut.avi").read_bytes()
+    (folder / "a" / "cut.avi").write_bytes(whole[: len(whole) // 2])
+    (folder / "a" / "bad.mp4").write_text("no video")
+    manifest, spec = from_folder(folder), FeatureSpec(FrameSpec(2), tower.spec)
+    skipped = extract(manifest, store, tower, spec, ["embedding", "cls.-1"], HERE)
+    assert set(skipped.failures) == {"a/bad.mp4", "a/cut.avi"}
+    taken = extract(manifest, store, tower, spec, ["embedding", "cls.-1"], dataclasses.replace(HERE, salvage=0.1))
+    assert (taken.n_written, taken.n_salvaged) == (1, 1)  # without a word of --retry
+    before = features(store)
+    for file in [path for path in files_of(store) if path.as_posix().endswith("embedding/c.0.0")]:
+        flip(file, 5)
+    report = upkeep.verify(store, quiet=True)
+    assert "a/cut.avi" in report.videos
+    upkeep.repair(store, tower, report, HERE)
+    assert (report.failures, report.is_sound) == ({}, True)
+    assert f"repaired: {len(report.videos)} videos" in report.describe()
+    assert_same(features(store), before)
+    report = upkeep.verify(store, quiet=True)
+    upkeep.verify_deep(store, tower, report, options=HERE)
+    assert (report.gone, report.unlike, report.n_decoded_again) == ({}, {}, 7)
+
+
+def test_another_file_of_the_same_size_voids_everything_and_loses_nothing(
+    videos: Path, tower: Tower, tmp_path: Path
+) -> None:
+    folder, store = tmp_path / "videos", tmp_path / "store"
+    shutil.copytree(videos, folder)
+    manifest, spec = from_folder(folder), FeatureSpec(FrameSpec(2), tower.spec)
+    extract(manifest, store, tower, spec, ["embedding"], HERE)
+    changed = bytearray((folder / "b" / "1.mp4").read_bytes())
+    changed[-3] ^= 255  # of the index at the end: the pictures stay
+    (folder / "b" / "1.mp4").write_bytes(changed)
+    report = extract(manifest, store, tower, spec, ["cls.-1"], HERE)
+    assert (report.changed, report.n_failed, report.n_written) == (["b/1.mp4"], 0, 6)
+    opened = FeatureStore.open(store)
+    assert (len(opened.ids), opened.features) == (6, ("cls.4", "embedding"))
+
+
+def test_compact_settles(toy) -> None:
+    toy.write(IDS[:3], ["embedding"])
+    toy.write(IDS[:3], ["tokens.2"], failed={IDS[0]: "gone"})
+    upkeep.compact(toy.path, quiet=True)
+    shards = committed(toy.path / "shards")
+    upkeep.compact(toy.path, quiet=True)
+    assert committed(toy.path / "shards") == shards
