@@ -52,7 +52,8 @@ if device == "broken":
 if device in ("slow", "deaf"):
     time.sleep(0.2)
     note("ready")
-    time.sleep(60)
+    for _ in range(600):  # a signal that comes just before a sleep is seen after it
+        time.sleep(0.1)
 if device == "after":
     while os.path.exists(f"{folder}/wait"):
         time.sleep(0.01)
