@@ -147,7 +147,10 @@ class Extraction:
     device: Annotated[
         str, typer.Option(help="auto (cuda where there is one), cpu, cuda:1; or several, cuda:0,cuda:1, or all.")
     ] = "auto"
-    batch: Annotated[int, typer.Option(help="Frames to one pass of the tower; halved where memory is short.")] = 64
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Frames to one pass of the tower; halved where memory is short. (default: 64; on a CPU 8)"),
+    ] = None
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the tower: minutes to begin, then faster.")] = (
         False
     )

@@ -36,7 +36,6 @@ from .writer import FeatureWriter
 _SAMPLE = 16
 _PASSES, _PASSES_S = 3, 10.0  # of the tower that are timed: so many, or so long
 _PROBES = 512  # headers that are read where the sampling fixes no length
-_CPU_BATCH = 16  # a processor is no faster with more
 _STATS_AT_ONCE = 16  # files that are asked for their size: a disk of the network answers slowly
 _MANY_FILES = 10_000  # fewer are no long wait
 
@@ -202,7 +201,7 @@ def forecast(
     tasks = list(jobs(writer, manifest, [todo]))
     sample = _Sample()
     report = ExtractReport(store)
-    batch_frames = min(options.batch_frames, _CPU_BATCH) if tower.device.type == "cpu" else options.batch_frames
+    batch_frames = options.batch_frames or tower.usual_batch
     frames_per_s = 0.0
     if tasks:
         missing = canonical_features({n for key in todo for n in writer.missing(key).names}, tower.shape.layers)
@@ -248,7 +247,7 @@ def forecast(
         cores=cores(),
         tower_s=Estimate(tower_s, crops_share * tower_s),
         frames_per_s=frames_per_s,
-        batch_frames=report.batch_frames or options.batch_frames,
+        batch_frames=report.batch_frames or batch_frames,
         device=tower.device.type,
         tower=f"{tower.spec.model} {tower.spec.precision}",
     )

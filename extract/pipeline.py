@@ -118,8 +118,10 @@ class ExtractReport:
                 f"{self.tower_s:.1f} s for the tower, {self.write_wait_s:.1f} s for the disk"
             )
         if self.fidelity and self.n_written:
-            cosines = ", ".join(f"{name} {cosine:.6f}" for name, cosine in self.fidelity.items())
-            lines.append(f"smallest cosine between float32 and what was stored, in a sample: {cosines}")
+            name = min(self.fidelity, key=lambda feature: self.fidelity[feature])
+            lines.append(
+                f"smallest cosine of float32 to what was stored, in a sample: {self.fidelity[name]:.6f} ({name})"
+            )
         if self.n_relabelled:
             lines.append(f"{self.n_relabelled:,} videos have another label, split or group in the store than before")
         if self.changed:
@@ -151,7 +153,7 @@ class ExtractOptions:
     workers: int = 2  # decode processes; 0 decodes in this one
     timeout_s: float = 60.0  # without progress on one video
     worker_bytes: int = 4 << 30  # memory that a decode process may take for one video
-    batch_frames: int = 64  # to one pass of the tower; halved where the device's memory does not hold them
+    batch_frames: int | None = None  # to one pass of the tower, halved where memory is short; None: the tower's usual
     shard_videos: int | None = None  # at most; None lets their size decide
     retry: bool = False  # also what failed for good in an earlier run
     salvage: float | None = None  # smallest share of a damaged video's frames that will do; None: only whole videos
@@ -163,7 +165,7 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.batch_frames < 1:
+        if self.batch_frames is not None and self.batch_frames < 1:
             raise ConfigError(
                 "a pass of the tower takes some frames", seen=f"batch={self.batch_frames}", wanted="1 or more"
             )
@@ -275,7 +277,7 @@ def encode_videos(
     """
     report = report or ExtractReport(Path())
     with decode_pool(spec, options) as pool:
-        encoder = Encoder(tower, names, spec, options.batch_frames, report)
+        encoder = Encoder(tower, names, spec, options.batch_frames or tower.usual_batch, report)
         yield from encoder.run(_timed(pool.decode(tasks), report))
 
 

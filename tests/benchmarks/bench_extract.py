@@ -42,7 +42,7 @@ def main() -> None:
     options.add_argument("--device", default="auto")
     options.add_argument("--precision", default="fp32")
     options.add_argument("--workers", type=int, default=cores())
-    options.add_argument("--batch-frames", type=int, default=64)
+    options.add_argument("--batch-frames", type=int, default=0, help="0 is the tower's usual")
     options.add_argument("--features", default="embedding")
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--compile", action="store_true")
@@ -51,6 +51,7 @@ def main() -> None:
     if given.compile:
         tower.compile()
     features = given.features.split(",")
+    given.batch_frames = given.batch_frames or tower.usual_batch
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], object]) -> None:
