@@ -19,7 +19,8 @@ def decode(source: Source, choose: Choose, crop: Crop, sink: Sink, options: Deco
     wanted = crops_of(views)
     os.environ["TORCHCODEC_FFMPEG_LOG_LEVEL"] = "INFO"  # damage is told there alone
     try:
-        from torchcodec.decoders import VideoDecoder  # here, since it imports torch
+        # Here, since it imports torch.
+        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
 
         with signs_on_stderr() as signs:
             reader = VideoDecoder(
