@@ -179,8 +179,6 @@ def test_the_others_go_on_when_one_is_killed(tmp_path: Path, capsys: pytest.Capt
         (["broken", "x"], 1, "error: broken ended with exit code 0 without a report"),
     ],
 )
-@MAY_LOSE_A_SIGNAL
-@pytest.mark.timeout(40)
 def test_the_exit_code_is_the_worst(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], devices: list[str], code: int, said: str
 ) -> None:
