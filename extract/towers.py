@@ -8,7 +8,6 @@ always encoded in float32.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data_manifests.errors import ConfigError, UnknownName
+from .blocks import Block, Inserts, expect_layers, open_block, run_blocks
 from .pretrained import is_class_token_vit, load_model, tokenizer_of, transform_of, uses_quick_gelu
 from .specs import PRECISIONS, TowerShape, TowerSpec, canonical_features
+from .text_tower import TextTower
 from .weights import TowerError, weights_sha256
 
 __all__ = ["QueryKey", "Tower", "TowerError", "load_tower"]
@@ -182,27 +183,84 @@ class Tower:
         for block in self.visual.transformer.resblocks if self.has_tokens else [self.visual]:
             block.compile()
 
-    def resume(self, tokens: Tensor, from_layer: int) -> Tensor:
-        """Finish the pass from tokens.<from_layer> [F, 1+N, D] → embedding [F, E], differentiable in the tokens."""
+    @torch.no_grad()
+    def start(self, pixels: Tensor) -> Tensor:
+        """Patch embedding to ln_pre: uint8 pixels [..., 3, S, S] → tokens.0 [..., 1+N, D], which nothing can train."""
+        self._need_tokens("tokens.0")
+        tokens = self._embed(self.normalise(pixels.flatten(0, -4)))
+        return tokens.unflatten(0, pixels.shape[:-3])
+
+    def resume(
+        self,
+        tokens: Tensor,
+        from_layer: int,
+        *,
+        to_layer: int | None = None,
+        inserts: Inserts = (),
+        mask: Tensor | None = None,
+        class_token_only: bool = False,
+        checkpoint: bool = False,
+    ) -> Tensor:
+        """Go on from the middle of a pass, differentiable in the tokens and in what a method inserts.
+
+        Autocast around the call holds for the blocks; without it they run in the precision of the tower.
+
+        Args:
+            tokens: tokens.<from_layer> [..., 1+N, D]; with inserts [B, T, 1+N, D].
+            to_layer: the last block to run; None is the tower's last.
+            inserts: of the last blocks of the pass, one a block; those below run as they are.
+            mask: [B, T] bool, for the inserts; True at real frames, None where all are.
+            class_token_only: give back [..., 1, D]; the last block then computes no other token.
+            checkpoint: keep no activations of a block, and compute them again in the backward pass.
+
+        Returns:
+            tokens.<to_layer>, which `project` makes an embedding of.
+
+        Raises:
+            UnknownName: the tower has no such layers.
+            TowerError: it has no tokens, or its blocks cannot be opened.
+        """
         self._need_tokens("a pass from the middle")
-        if not 0 <= from_layer <= self.shape.layers:
-            raise UnknownName("layer", str(from_layer), map(str, range(self.shape.layers + 1)))
-        _, x = deque(self._blocks(tokens.float(), from_layer, self.shape.layers), maxlen=1).pop()
-        return self._project(x)
+        to_layer = self.shape.layers if to_layer is None else to_layer
+        expect_layers(from_layer, to_layer, self.shape.layers)
+        blocks = [self.block(k) for k in range(from_layer + 1, to_layer + 1)]
+        with self.working_precision():
+            x = run_blocks(tokens.float(), blocks, inserts, mask, class_token_only, checkpoint)
+        return x[..., :1, :] if class_token_only else x
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """ln_post and joint projection of the class tokens of tokens.<L> [..., 1+N, D] → embedding [..., E]."""
+        self._need_tokens("a joint embedding of tokens")
+        flat = tokens.float().flatten(0, -3)
+        return self._project(flat).unflatten(0, tokens.shape[:-2])
+
+    def block(self, layer: int) -> Block:
+        """Block `layer` of the image tower, counted from 1, opened.
+
+        Raises:
+            UnknownName: the tower has no such block.
+            TowerError: its attention is not CLIP's.
+        """
+        self._need_tokens("a block")
+        return open_block(self.visual.transformer.resblocks, layer, self.spec.model)
+
+    @cached_property
+    def text(self) -> TextTower:
+        """The text tower, opened.
+
+        Raises:
+            TowerError: it is not CLIP's.
+        """
+        return TextTower(_text_tower(self.model), self.spec.model)
 
     def query_key(self, layer: int) -> QueryKey:
         """Queries and keys of block `layer` (counted from 1) as a map of tokens.<layer-1>.
 
         Raises:
             UnknownName: the tower has no such block.
-            TowerError: its queries and keys are not one linear map of its normalised tokens.
+            TowerError: its attention is not CLIP's.
         """
-        self._need_tokens("queries and keys")
-        if not 1 <= layer <= self.shape.layers:
-            raise UnknownName("block", str(layer), map(str, range(1, self.shape.layers + 1)))
-        block = self.visual.transformer.resblocks[layer - 1]
-        if not isinstance(block.attn, nn.MultiheadAttention):
-            raise TowerError(f"the queries and keys of {self.spec.model} are no linear map of its tokens")
+        block = self.block(layer).module
         rows = 2 * self.shape.width  # in_proj holds queries, then keys, then values
         return QueryKey(
             ln_weight=block.ln_1.weight.detach(),
@@ -269,6 +327,12 @@ class Tower:
                 self._need_tokens(name)
         with self._autocast(self.spec.precision != "fp32"):
             return {"embedding": self.model.encode_image(images, normalize=False).float()}
+
+    def working_precision(self) -> torch.autocast:
+        """Of blocks in a training step: the autocast around it, else the tower's own."""
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.autocast(self.device.type, dtype=torch.get_autocast_dtype(self.device.type))
+        return self._autocast(self.spec.precision != "fp32")
 
     def _autocast(self, enabled: bool) -> torch.autocast:
         # Where it is off it is switched off: the tower's arithmetic is its own, also inside a training step.

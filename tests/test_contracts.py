@@ -1,49 +1,42 @@
 """Every head there is, found by its name, held to what a head promises."""
 
+import functools
 import importlib
 import inspect
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
 from coldframe.extract.batches import FeatureBatch
-from coldframe.extract.specs import TowerShape, canonical_features, feature_shape
+from coldframe.extract.specs import canonical_features, feature_shape
 from coldframe.extract.text import TextFeatures
-from coldframe.extract.towers import QueryKey
+from coldframe.extract.towers import Tower
 from coldframe.train_heads import heads
 from coldframe.train_heads.checkpoint import trained_tensors
-from coldframe.train_heads.specs import HeadContext, HeadOutput
+from coldframe.train_heads.specs import Episodes, HeadContext, HeadOutput
 
-SHAPE = TowerShape(
-    layers=6,
-    width=32,
-    heads=4,
-    embed_dim=16,
-    grid=(3, 2),
-    text_width=16,
-    text_layers=2,
-    text_heads=2,
-    context_length=77,
-)
 SIZE_PX = 12
 CLASSES = ("run", "jump", "swim", "wave", "sit")
 
 
-def query_key(layer):
-    """The frozen query-and-key map of a block, as a tower gives it."""
-    generator = torch.Generator().manual_seed(layer)
-    weight = torch.randn(2 * SHAPE.width, SHAPE.width, generator=generator) / SHAPE.width**0.5
-    ones, zeros = torch.ones(SHAPE.width), torch.zeros(SHAPE.width)
-    return QueryKey(ones, zeros, weight, torch.zeros(2 * SHAPE.width), SHAPE.heads, 1e-5)
+@functools.cache
+def tower() -> Tower:
+    """A real CLIP with random weights, small."""
+    torch.manual_seed(3)
+    vision = CLIPVisionCfg(layers=4, width=32, head_width=8, patch_size=4, image_size=SIZE_PX)
+    text = CLIPTextCfg(width=16, heads=2, layers=2)
+    return Tower(CLIP(16, vision, text, quick_gelu=True), device="cpu")
+
+
+SHAPE = tower().shape
 
 
 def context(n_frames=8):
-    tower: Any = SimpleNamespace(shape=SHAPE, device=torch.device("cpu"), logit_scale=100.0, query_key=query_key)
-    return HeadContext(SHAPE, n_frames, CLASSES, lambda: tower)
+    return HeadContext(SHAPE, n_frames, CLASSES, tower)
 
 
 def build(name, n_frames=8) -> Any:
@@ -91,6 +84,15 @@ def scores(name, module, batch):
     return module.episode_logits(batch, rows[None, :, None], rows[None], None)[0]
 
 
+def outputs_of_training(name, module, batch):
+    """Everything a training step looks at: a classifier's scores and losses, or those of an episode."""
+    if name in CLASSIFIERS:
+        return module(batch, text_for(name))
+    rows = torch.arange(len(batch))
+    episodes = Episodes(batch, rows[None, :, None], rows[None], rows[None], rows[None])
+    return module(episodes, text_for(name))
+
+
 def changed(batch, function):
     return replace(batch, features={name: function(feature) for name, feature in batch.features.items()})
 
@@ -136,15 +138,18 @@ def test_episodic_heads_give_a_score_for_each_way(name, n_frames):
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_trained_can_be_trained(name):
-    """A gradient reaches every trained parameter; a head that says it is not trained has none."""
+    """A gradient reaches every trained parameter and no weight of the tower; a head that is not trained has none."""
     module, head = build(name), heads.find(name)
     trained = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
     assert bool(trained) == head.is_trained
     if trained:
-        scores(name, module, batch_for(name)).logsumexp(-1).square().sum().backward()
+        output = outputs_of_training(name, module, batch_for(name))
+        sum(output.losses.values(), output.logits.logsumexp(-1).square().sum()).backward()
         untouched = {key for key, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()}
-        # The bias of attention keys adds the same to every score of a query and cancels in the softmax.
-        assert not {key for key in untouched if not key.endswith("key.bias")}
+        # The bias of attention keys adds the same to every score of a query and cancels in the softmax. A head may say
+        # of others that, as published, they change nothing.
+        assert not {key for key in untouched if not key.endswith("key.bias")} - set(getattr(module, "idle", ()))
+    assert all(parameter.grad is None for parameter in tower().model.parameters())
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -27,8 +27,13 @@ def build_head(
     templates: Sequence[str] | str,
     device: torch.device,
     seed: int = 0,
+    trained_names: Sequence[str] = (),
 ) -> tuple[nn.Module, TextFeatures | None]:
     """Build a head for the features of a store, freshly initialised from `seed`, and the class texts it reads.
+
+    Args:
+        class_names: to score.
+        trained_names: classes that the head's trained parts are sized by; none named are `class_names`.
 
     Raises:
         UnknownName: no such head.
@@ -39,7 +44,8 @@ def build_head(
     spec = find(name)
     store.require(needed_features(name, config, store), wanted_by=name)
     tower = frozen_tower(store.spec.tower, device)
-    context = HeadContext(store.shape, store.spec.frames.n_frames or store.longest, tuple(class_names), tower)
+    n_frames = store.spec.frames.n_frames or store.longest
+    context = HeadContext(store.shape, n_frames, tuple(class_names), tower, tuple(trained_names))
     with own_randomness(device):
         reseed(device, seed)
         head = spec.build(config, context)

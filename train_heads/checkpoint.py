@@ -94,10 +94,12 @@ class Checkpoint:
             CheckpointError: the weights do not fit the head.
         """
         store.spec.expect(self.features, f"the store {store.path}")
-        reads_names = find(self.head).needs_text(self.config)
+        reads_names = find(self.head).reads_names(self.config)
         names = tuple(class_names) if class_names is not None and reads_names else self.class_names
         found = find_device(device)
-        module, text = build_head(self.head, self.config, store, names, self.templates, found)
+        module, text = build_head(
+            self.head, self.config, store, names, self.templates, found, trained_names=self.class_names
+        )
         _load(module, self.weights, self.head)
         return Predictor(
             head=self.head,

@@ -36,7 +36,7 @@ class Predictor:
     def __post_init__(self) -> None:
         """Say what kind of head it is."""
         self.tasks = find(self.head).tasks
-        self.uses_class_names = self.text is not None
+        self.uses_class_names = self.text is not None or bool(getattr(self.module, "uses_class_names", False))
         self.templates = () if self.text is None else self.text.templates
         self.is_transductive = bool(getattr(self.module, "is_transductive", False))
         self.module.eval()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..data_manifests.errors import ConfigError
@@ -22,8 +23,13 @@ class HeadContext:
 
     shape: TowerShape
     n_frames: int  # T of the store's videos
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # to score
     tower: Callable[[], Tower]  # the frozen tower, loaded on the first call; for heads that reach into it
+    trained_names: tuple[str, ...] = ()  # classes of the training, by which trained parts are sized; () is class_names
+
+    def __post_init__(self) -> None:
+        """A head that scores what it was trained on has one list of classes."""
+        object.__setattr__(self, "trained_names", self.trained_names or self.class_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +42,43 @@ class HeadOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Official:
+    """How a head's weights are named in checkpoints of its authors' code; the frozen CLIP in them is not its business.
+
+    read(weights, context, config) -> (config, state): the config with all that the tensors tell put into it, and the
+        state of the head under our names. `config` brings what no tensor tells. Tables over frames are stretched to
+        context.n_frames. Raises SpecMismatch, naming what is missing or unknown.
+    write(config, state) -> weights: the inverse.
+    """
+
+    read: Callable[[Mapping[str, Tensor], HeadContext, Any], tuple[Any, dict[str, Tensor]]]
+    write: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
 class HeadSpec:
     """The constant `HEAD` of every file in `heads/`: the file's name is the head's name."""
 
     config: type  # a frozen dataclass of plain settings, every one with a default
     build: Callable[[Any, HeadContext], nn.Module]
-    needs: Callable[[Any], tuple[str, ...]]  # of a config: features and, where the head reads class names, "text"
+    needs: Callable[[Any], tuple[str, ...]]  # of a config: features, and "text" (embeddings of the classes) or "names"
+    # (their names, of which the head makes something of its own) where it scores classes by what they are called
     tasks: frozenset[str]  # classify: forward(batch, text) -> HeadOutput | episodes: an EpisodeHead
     source: str  # where it comes from, as a citation
     is_trained: bool = True  # False: nothing to train; `eval --head NAME` uses it as it is
+    official: Official | None = None  # None: there are no checkpoints of its authors
 
     def needs_text(self, config: Any) -> bool:
-        """Whether the head reads class names through the text tower."""
+        """Whether the head is given the text tower's embeddings of the classes."""
         return "text" in self.needs(config)
 
+    def reads_names(self, config: Any) -> bool:
+        """Whether the head scores classes by their names, so that it may be asked about classes it never saw."""
+        return not {"text", "names"}.isdisjoint(self.needs(config))
+
     def features(self, config: Any) -> tuple[str, ...]:
-        """The stored features it reads: `needs` without text."""
-        return tuple(name for name in self.needs(config) if name != "text")
+        """The stored features it reads: `needs` without text and names."""
+        return tuple(name for name in self.needs(config) if name not in ("text", "names"))
 
 
 class ClassifierHead(Protocol):
@@ -63,11 +89,31 @@ class ClassifierHead(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """n few-shot episodes over a bank of V videos: what a step of episodic training is made of."""
+
+    bank: FeatureBatch  # labels are classes of the training list
+    support: Tensor  # rows of the bank [n, W, K]
+    query: Tensor  # rows of the bank [n, Q], those of all ways of an episode
+    class_ids: Tensor  # which class each way is, [n, W]
+    labels: Tensor  # the right way of each query, [n, Q]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
+        """Move them; `dtype` converts the floating features."""
+        rows = (part.to(device, non_blocking=True) for part in (self.support, self.query, self.class_ids, self.labels))
+        return Episodes(self.bank.to(device, dtype), *rows)
+
+
 class EpisodeHead(Protocol):
-    """A head with the task `episodes`."""
+    """A head with the task `episodes`; one that is trained is also called with `Episodes`, see `__call__`."""
 
     uses_class_names: bool
     is_transductive: bool
+
+    def __call__(self, episodes: Episodes, text: TextFeatures | None) -> HeadOutput:
+        """Training: logits [n, Q, W] and the head's own losses. `text` is of all classes of the training list, [C, E]."""
+        ...
 
     def episode_logits(self, bank: FeatureBatch, support: Tensor, query: Tensor, text: Tensor | None) -> Tensor:
         """Score the queries of many episodes; larger is closer.

@@ -201,14 +201,14 @@ def test_a_pass_can_be_resumed_at_every_layer(tower: Tower, pixels: Tensor) -> N
     layers = range(tower.shape.layers + 1)
     found = tower.encode_frames(pixels, ["embedding", *(f"tokens.{k}" for k in layers)])
     for k in layers:
-        torch.testing.assert_close(tower.resume(found[f"tokens.{k}"], k), found["embedding"])
+        torch.testing.assert_close(tower.project(tower.resume(found[f"tokens.{k}"], k)), found["embedding"])
     with pytest.raises(UnknownName, match="no layer"):
         tower.resume(found["tokens.4"], 5)
 
 
 def test_resuming_is_differentiable_in_the_tokens_and_frozen_in_the_weights(tower: Tower, pixels: Tensor) -> None:
     tokens = tower.encode_frames(pixels, ["tokens.2"])["tokens.2"].requires_grad_()
-    tower.resume(tokens, 2).square().sum().backward()
+    tower.project(tower.resume(tokens, 2)).square().sum().backward()
     assert tokens.grad is not None
     assert tokens.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in tower.model.parameters())
@@ -246,7 +246,8 @@ def test_a_towers_arithmetic_is_its_own_inside_autocast(tower: Tower, pixels: Te
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = tower.encode_frames(pixels, ["embedding", "tokens.1"])
         assert torch.equal(tower.encode_text(["a circle"]), text)
-        torch.testing.assert_close(tower.resume(found["tokens.1"], 1), wanted["embedding"])
+        low = tower.project(tower.resume(found["tokens.1"], 1))  # a step of training works in the precision around it
+    assert 0 < float((low - wanted["embedding"]).norm() / wanted["embedding"].norm()) < 0.01
     for name, value in wanted.items():
         assert torch.equal(found[name], value)
 
@@ -375,7 +376,7 @@ def test_blocks_with_another_attention_have_no_linear_queries(tmp_path: Path) ->
         5,
         64,
     )
-    with pytest.raises(TowerError, match="no linear map"):
+    with pytest.raises(TowerError, match="is not CLIP"):
         tower.query_key(1)
 
 

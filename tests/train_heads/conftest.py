@@ -1,16 +1,23 @@
 """A store whose videos are easy to tell apart, made by a real tower with random weights."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors import safe_open
+from torch import Tensor
 
 from coldframe.data_manifests.records import Manifest, VideoRecord
 from coldframe.extract.frames import DecodedVideo
 from coldframe.extract.specs import FeatureSpec, FrameSpec, feature_shape
 from coldframe.extract.store import FeatureStore, FeatureWriter
-from coldframe.extract.towers import load_tower
+from coldframe.extract.towers import Tower, load_tower
 
 CLASSES = ("run", "jump", "swim")
 DECODED = DecodedVideo.of_one_view(np.arange(4.0), "none")
@@ -52,3 +59,59 @@ def write_store(path: Path, spec, shape, names, manifest) -> FeatureStore:
             builder.add(video_id, features, DECODED)
         builder.commit()
     return FeatureStore.open(path)
+
+
+@dataclass
+class Recording:
+    """Recorded inputs, weights and outputs of an original implementation."""
+
+    file: Any
+    sizes: dict[str, Any]  # the metadata's `config`
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file.keys()  # noqa: SIM118
+
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors under a prefix, without it: `clip.`, `head.`."""
+        names = (name for name in self.file.keys() if name.startswith(prefix))  # noqa: SIM118
+        return {name.removeprefix(prefix): self[name] for name in names}
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The frozen CLIP of the recording, of the sizes that its tensors have."""
+        weights = self.named("clip.")
+        width, _, patch, _ = weights["visual.conv1.weight"].shape
+        side = round((len(weights["visual.positional_embedding"]) - 1) ** 0.5) * patch
+        vision = CLIPVisionCfg(
+            layers=_n_blocks(weights, "visual.transformer.resblocks."),
+            width=width,
+            head_width=64,
+            patch_size=patch,
+            image_size=side,
+        )
+        n_words, text_width = weights["token_embedding.weight"].shape
+        text_layers = _n_blocks(weights, "transformer.resblocks.")
+        text = CLIPTextCfg(vocab_size=n_words, width=text_width, heads=max(1, text_width // 64), layers=text_layers)
+        model = CLIP(weights["visual.proj"].shape[1], vision, text, quick_gelu=True)
+        model.load_state_dict(weights)
+        return Tower(model, device="cpu")
+
+
+def _n_blocks(weights: dict[str, Tensor], prefix: str) -> int:
+    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
+
+
+@pytest.fixture(scope="session")
+def recorded(golden: Path) -> Callable[[str], list[Recording]]:
+    """All recordings of a system, which the metadata `what` names; at least one."""
+
+    def find(what: str) -> list[Recording]:
+        opened = [safe_open(path, "pt") for path in sorted(golden.glob("*.safetensors"))]
+        files = [file for file in opened if (file.metadata() or {}).get("what") == what]
+        assert files, f"no recording of {what} in {golden}"
+        return [Recording(file, json.loads(file.metadata()["config"])) for file in files]
+
+    return find

@@ -1,24 +1,21 @@
 """EVL against recorded outputs of the original, against a textbook decoder, and against its own symmetries."""
 
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, linear, scaled_dot_product_attention
 
 from coldframe.data_manifests.errors import ConfigError
 from coldframe.extract.batches import FeatureBatch
 from coldframe.extract.specs import SpecMismatch, TowerShape
-from coldframe.extract.towers import QueryKey, Tower
+from coldframe.extract.towers import QueryKey
 from coldframe.train_heads.heads.evl_decoder import HEAD, Config, OneQueryAttention, from_official
 from coldframe.train_heads.specs import HeadContext
 
@@ -68,38 +65,10 @@ def logits(head: nn.Module, batch: FeatureBatch) -> Tensor:
 # ---- the original
 
 
-def golden_files(folder: Path) -> list[Any]:
-    opened = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
-    return [file for file in opened if (file.metadata() or {}).get("what") == "EVL"]
-
-
-def tensors(file: Any, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-
-
-def recorded_tower(weights: dict[str, Tensor], sizes: dict[str, int]) -> Tower:
-    vision = CLIPVisionCfg(
-        layers=sizes["vision_layers"],
-        width=sizes["vision_width"],
-        head_width=64,
-        patch_size=sizes["patch"],
-        image_size=sizes["res"],
-    )
-    n_words, text_width = weights["token_embedding.weight"].shape
-    n_blocks = len({name.split(".")[2] for name in weights if name.startswith("transformer.resblocks.")})
-    text = CLIPTextCfg(vocab_size=n_words, width=text_width, heads=max(1, text_width // 64), layers=n_blocks)
-    model = CLIP(weights["visual.proj"].shape[1], vision, text, quick_gelu=True)
-    model.load_state_dict(weights)
-    return Tower(model, device="cpu")
-
-
-def test_recorded_outputs_of_the_original(golden: Path) -> None:
-    files = golden_files(golden)
-    assert files, f"no golden file of EVL in {golden}"
-    for file in files:
-        sizes = json.loads(file.metadata()["config"])
-        tower = recorded_tower(tensors(file, "clip."), sizes)
-        config, state, n_frames, n_classes, width, grid = from_official(tensors(file, "head."))
+def test_recorded_outputs_of_the_original(recorded: Callable[[str], list[Any]]) -> None:
+    for file in recorded("EVL"):
+        sizes, tower = file.sizes, file.tower
+        config, state, n_frames, n_classes, width, grid = from_official(file.named("head."))
         assert (n_frames, n_classes, width, grid) == (
             sizes["T"],
             sizes["classes"],
@@ -112,20 +81,18 @@ def test_recorded_outputs_of_the_original(golden: Path) -> None:
         head.load_state_dict(state)
         head.eval()
 
-        frames = file.get_tensor("frames")
+        frames = file["frames"]
         found = tower.encode_images(rearrange(frames, "b c t h w -> (b t) c h w"), HEAD.features(config))
         tokens = {name: rearrange(x, "(b t) n d -> b t n d", b=len(frames)) for name, x in found.items()}
         everything = torch.ones(len(frames), sizes["T"], dtype=torch.bool)
         batch = FeatureBatch(tokens, everything, torch.zeros(len(frames), dtype=torch.int64), ("",) * len(frames))
-        torch.testing.assert_close(logits(head, batch), file.get_tensor("logits"), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits(head, batch), file["logits"], atol=1e-4, rtol=0)
         for layer, k in zip(head.layers, range(tower.shape.layers - config.n_layers, tower.shape.layers), strict=True):
-            torch.testing.assert_close(
-                tokens[f"tokens.{k + 1}"], file.get_tensor(f"backbone.{k}.out"), atol=1e-4, rtol=0
-            )
+            torch.testing.assert_close(tokens[f"tokens.{k + 1}"], file[f"backbone.{k}.out"], atol=1e-4, rtol=0)
             if config.cross_frame:
                 query, key = layer.local.cross_frame.queries_and_keys(tokens[f"tokens.{k}"])
-                torch.testing.assert_close(query, file.get_tensor(f"backbone.{k}.q"), atol=1e-4, rtol=0)
-                torch.testing.assert_close(key, file.get_tensor(f"backbone.{k}.k"), atol=1e-4, rtol=0)
+                torch.testing.assert_close(query, file[f"backbone.{k}.q"], atol=1e-4, rtol=0)
+                torch.testing.assert_close(key, file[f"backbone.{k}.k"], atol=1e-4, rtol=0)
 
 
 # ---- the decoder
