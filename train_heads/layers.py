@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 
 class QuickGELU(nn.Module):
@@ -17,6 +18,24 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply it element by element."""
         return x * torch.sigmoid(1.702 * x)
+
+
+class Adapter(nn.Module):
+    """A bottleneck, down · GELU · up, that adds nothing at first; the residual is its caller's.
+
+    Source: AIM, Yang et al. 2023, arXiv:2302.03024, §3.2.
+    Differs: nothing.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width], without x itself."""
+        return self.up(gelu(self.down(x)))
 
 
 def masked_mean(frames: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,24 @@
+"""Pieces that several heads share."""
+
+import torch
+from torch.nn.functional import gelu, linear
+
+from coldframe.train_heads.layers import Adapter
+
+
+def test_an_adapter_adds_nothing_at_first_and_learns_from_its_zeros():
+    torch.manual_seed(0)
+    adapter, x = Adapter(8, 2), torch.randn(3, 5, 8)
+    assert torch.equal(adapter(x), torch.zeros_like(x))
+    adapter(x).sum().backward()
+    assert adapter.up.weight.grad is not None and adapter.up.weight.grad.abs().max() > 0
+
+
+def test_an_adapter_is_down_gelu_up():
+    torch.manual_seed(0)
+    adapter, x = Adapter(8, 2), torch.randn(3, 8)
+    with torch.no_grad():
+        adapter.up.weight.normal_()
+    wanted = linear(gelu(linear(x, adapter.down.weight, adapter.down.bias)), adapter.up.weight)
+    torch.testing.assert_close(adapter(x), wanted)
+    assert sum(p.numel() for p in Adapter(768, 192).parameters()) == 295_872  # as counted from the paper's table
