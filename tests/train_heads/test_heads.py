@@ -176,7 +176,7 @@ def test_temporal_transformer_feels_position_from_the_start():
     assert moves["matched"] > 0.1
     assert moves["published"] < 0.01
     matched = build("temporal_transformer")
-    assert matched.position.std().item() == pytest.approx(1, abs=0.1)
+    assert matched.frames.position.std().item() == pytest.approx(1, abs=0.1)
     mask = torch.ones(4, 8, dtype=torch.bool)
     torch.testing.assert_close(matched.embed(frames, mask), matched.embed(frames * 100, mask))  # inputs at unit RMS
 
@@ -225,8 +225,8 @@ def check_recorded(recorded, config):
         logit_scale=1 / 0.07,
     ).eval()
     weights = {
-        key.replace("head.temporalEmbedding.weight", "position").replace(
-            "head.temporalModelling.resblocks", "blocks"
+        key.replace("head.temporalEmbedding.weight", "frames.position").replace(
+            "head.temporalModelling.resblocks", "frames.blocks"
         ): v
         for key, v in recorded.items()
         if key.startswith("head.temporal")

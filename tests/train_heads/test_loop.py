@@ -172,7 +172,7 @@ def test_a_run_is_a_function_of_its_seed(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     other, _ = run(tmp_path / "other", replace(SPEC, seed=1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
-    assert not torch.equal(one.position, other.position)
+    assert not torch.equal(one.frames.position, other.frames.position)
 
 
 def test_divergence_is_an_error_that_names_the_step(tmp_path):

@@ -21,7 +21,7 @@ def test_learning_rate_by_hand():
 
 def test_decay_is_for_weight_matrices():
     head = TemporalTransformer(4, 16, 3, layers=1, heads=2, dropout=0.3, positions="matched", logit_scale=1.0)
-    head.blocks[0].mlp.c_fc.weight.requires_grad_(False)
+    head.frames.blocks[0].mlp.c_fc.weight.requires_grad_(False)
     named = {id(parameter): name for name, parameter in head.named_parameters()}
 
     def decayed(spec):
@@ -32,9 +32,9 @@ def test_decay_is_for_weight_matrices():
 
     names, n_parameters = decayed(TrainSpec())
     assert names == {
-        "blocks.0.attn.in_proj_weight",
-        "blocks.0.attn.out_proj.weight",
-        "blocks.0.mlp.c_proj.weight",
+        "frames.blocks.0.attn.in_proj_weight",
+        "frames.blocks.0.attn.out_proj.weight",
+        "frames.blocks.0.mlp.c_proj.weight",
         "classifier.1.weight",
     }
     assert n_parameters == len(named) - 1

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
@@ -29,6 +28,7 @@ from ...extract.specs import SpecMismatch, canonical_feature
 from ...extract.text import TextFeatures
 from ...extract.towers import QueryKey
 from ..layers import QuickGELU
+from ..layouts import renamed, stretched
 from ..specs import HeadContext, HeadOutput, HeadSpec
 from ..token_functions import add_displacement, add_neighbours, bin_by_displacement, mix_normalised
 
@@ -278,13 +278,7 @@ def from_official(checkpoint: Mapping[str, Any], n_frames: int | None = None) ->
         positions="published",
     )
     names = _official_names(config)
-    if problem := "; ".join(
-        f"{kind} {', '.join(sorted(group)[:6])}{' …' if len(group) > 6 else ''}"
-        for kind, group in (("missing", names.keys() - weights.keys()), ("unknown", weights.keys() - names.keys()))
-        if group
-    ):
-        raise SpecMismatch(f"not the weights of EVL's decoder: {problem}")
-    state = {ours: weights[official].float() for official, ours in names.items()}
+    state = renamed(weights, names, "EVL's decoder")
     qkv_dim, width = state["layers.0.attention.query.weight"].shape
     config = replace(
         config,
@@ -294,7 +288,7 @@ def from_official(checkpoint: Mapping[str, Any], n_frames: int | None = None) ->
     n_stored, grid = None, None
     if config.temporal_position:
         tables = [f"layers.{i}.local.position" for i in range(config.n_layers)]
-        state |= {name: _stretched(state[name], n_frames) for name in tables if n_frames is not None}
+        state |= {name: stretched(state[name], n_frames) for name in tables if n_frames is not None}
         n_stored = len(state[tables[0]])
     if config.cross_frame:
         side = (isqrt(len(state["layers.0.local.cross_frame.previous"])) + 1) // 2
@@ -328,12 +322,6 @@ def _official_names(config: Config) -> dict[str, str]:
             bare[f"decoder.cross_attention.{i}.w2"] = f"{ours}.local.cross_frame.next"
     leaves = {f"{theirs}.{leaf}": f"{ours}.{leaf}" for theirs, ours in modules.items() for leaf in ("weight", "bias")}
     return bare | leaves
-
-
-def _stretched(position: Tensor, n_frames: int) -> Tensor:
-    """A table of positions [T, D] of T segments as one of `n_frames` segments, interpolated between their centres."""
-    columns = interpolate(rearrange(position, "t d -> 1 d t"), size=n_frames, mode="linear")
-    return rearrange(columns, "1 d t -> t d")
 
 
 HEAD = HeadSpec(

@@ -10,21 +10,17 @@ Differs: by default the inputs are scaled to unit RMS and positions are drawn at
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
-import torch
 from einops import einsum
 from torch import Tensor, nn
-from torch.nn.functional import normalize, rms_norm
+from torch.nn.functional import normalize
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
-from ..layers import QuickGELU, masked_mean
+from ..layers import POSITION_STD, FrameTransformer, masked_mean
 from ..specs import HeadContext, HeadOutput, HeadSpec
-
-POSITION_STD = {"matched": 1.0, "published": 0.01}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +64,10 @@ class TemporalTransformer(nn.Module):
         logit_scale: float,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ConfigError(
-                "temporal_transformer cannot share its width between its heads",
-                seen=f"{width} over {heads}",
-                fix=f"Set heads to a number that divides {width}.",
-            )
-        self.is_scaled = positions == "matched"
         self.logit_scale = logit_scale
-        self.position = nn.Parameter(torch.randn(n_frames, width) * POSITION_STD[positions])
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(layers))
+        self.frames = FrameTransformer(
+            n_frames, width, layers=layers, heads=heads, dropout=dropout, positions=positions
+        )
         self.classifier = None
         if n_classes is not None:
             self.classifier = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_classes))
@@ -93,31 +83,7 @@ class TemporalTransformer(nn.Module):
 
     def embed(self, frames: Tensor, mask: Tensor) -> Tensor:
         """Video embeddings [B, E] of frames [B, T, E] where mask [B, T]."""
-        x = rms_norm(frames, frames.shape[-1:]) if self.is_scaled else frames
-        x = x + self.position[: frames.shape[1]]
-        for block in self.blocks:
-            x = block(x, ~mask)
-        return masked_mean(x, mask)
-
-
-class TransformerBlock(nn.Module):
-    """CLIP's own block: x + attention(LN x), then x + MLP(LN x)."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.ln_2 = nn.LayerNorm(width)
-        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": QuickGELU(), "c_proj": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        """[B, T, E] -> [B, T, E]; no frame attends to a frame where padding [B, T] is True."""
-        y = self.ln_1(x)
-        attended, _ = self.attn(y, y, y, key_padding_mask=padding, need_weights=False)
-        x = x + self.dropout(attended)
-        return x + self.dropout(self.mlp(self.ln_2(x)))
+        return masked_mean(self.frames(frames, mask), mask)
 
 
 def _build(config: Config, context: HeadContext) -> nn.Module:
