@@ -450,7 +450,9 @@ def train_head(
     store: Store,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: checkpoint, settings, history.", **LOCAL)],
     manifest: ManifestFile = None,
-    config: Annotated[Path | None, typer.Option("--config", help="A recipe: TOML with [head] and [train].")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A recipe: TOML with [head], [train], [episodes].")
+    ] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")] = None,
     templates: Templates = None,
     device: Device = "auto",
@@ -461,14 +463,15 @@ def train_head(
     from coldframe.train_heads import settings, train
 
     opened = open_store(store)
-    head_config, train_spec = settings(head, config, sets or [])
+    asked = settings(head, config, sets or [])
     checkpoint = train(
         opened,
         open_manifest(manifest, opened),
         head,
-        head_config,
-        train_spec,
+        asked.head,
+        asked.train,
         out,
+        episodes=asked.episodes,
         templates=templates or "video",
         device=device,
         quiet=quiet,
@@ -798,7 +801,7 @@ def open_predictor(
     if checkpoint is not None and not (head or sets or templates):
         return load_checkpoint(checkpoint).predictor(store, labels.class_names, device)
     if checkpoint is None and head is not None:
-        config, _ = settings(head, None, [f"head.{assignment.removeprefix('head.')}" for assignment in sets])
+        config = settings(head, None, [f"head.{assignment.removeprefix('head.')}" for assignment in sets]).head
         return untrained(store, labels.class_names, head, config, templates=templates or "video", device=device)
     raise ConfigError(
         "eval scores one head",

@@ -121,15 +121,37 @@ class FeatureDataset:
         order = (
             np.arange(len(self)) if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(len(self))
         )
-        if view is None and shuffle_seed is not None and self.store.n_views > 1:
-            views = np.random.default_rng((shuffle_seed, 1)).integers(self.store.n_views, size=len(self))
+        parts = (order[begin : begin + batch_size] for begin in range(0, n_videos, batch_size))
+        return self.parts(parts, shuffle_seed, view=view, ahead=ahead, pin=pin)
+
+    def parts(
+        self,
+        parts: Iterable[NDArray[np.int64]],
+        view_seed: int | None = None,
+        *,
+        view: int | None = None,
+        ahead: int = 1,
+        pin: bool = False,
+    ) -> Generator[FeatureBatch, None, None]:
+        """Read lists of videos, by their rows, a batch each; `ahead` of them while one is worked on.
+
+        Args:
+            view_seed: draws a view of each video, the same in every list; None takes their first views.
+            view: take this one of every video.
+            pin: read into page-locked memory, for an accelerator.
+
+        Raises:
+            StoreError: a file cannot be read; raised at the batch that needs it.
+        """
+        if view is None and view_seed is not None and self.store.n_views > 1:
+            views = np.random.default_rng((view_seed, 1)).integers(self.store.n_views, size=len(self))
         else:
             views = np.full(len(self), view or 0)
         waiting: deque[Future[FeatureBatch]] = deque()
         # Leaving the block, also by closing the generator, waits for the reads that are under way.
         with ThreadPoolExecutor(max(ahead, 1), thread_name_prefix="feature-batches") as readers:
-            for begin in range(0, n_videos, batch_size):
-                waiting.append(readers.submit(self._gather, order[begin : begin + batch_size], views, pin))
+            for rows in parts:
+                waiting.append(readers.submit(self._gather, rows, views, pin))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:

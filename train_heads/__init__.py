@@ -5,7 +5,7 @@
     build.py      store + head's name → head       alignment.py   temporal metrics of few-shot recognition
     loop.py       fit(): one plain loop            specs.py       what heads declare and return; TrainSpec
     optim.py      AdamW, learning rate             checkpoint.py  a trained head in a folder
-    predictor.py  a head at work
+    predictor.py  a head at work                   episodic.py    few-shot episodes to train on
 
 Evaluation is a stranger to this stage: `Predictor` fits what it asks for, and cli.py joins the two.
 """
@@ -17,7 +17,7 @@ from .loop import DivergedError, fit
 from .pipeline import train, untrained
 from .predictor import Predictor
 from .settings import settings
-from .specs import ClassifierHead, EpisodeHead, HeadContext, HeadOutput, HeadSpec, TrainSpec
+from .specs import ClassifierHead, EpisodeHead, Episodes, EpisodeTraining, HeadContext, HeadOutput, HeadSpec, TrainSpec
 
 __all__ = [
     "Checkpoint",
@@ -25,6 +25,8 @@ __all__ = [
     "ClassifierHead",
     "DivergedError",
     "EpisodeHead",
+    "EpisodeTraining",
+    "Episodes",
     "HeadContext",
     "HeadOutput",
     "HeadSpec",

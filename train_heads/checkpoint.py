@@ -30,7 +30,7 @@ from .build import build_head, find_device, needed_features
 from .heads import find
 from .predictor import Predictor
 from .settings import fill
-from .specs import TrainSpec
+from .specs import EpisodeTraining, TrainSpec
 
 FORMAT_VERSION = 1
 DESCRIPTION, WEIGHTS, STATE = "checkpoint.json", "head.safetensors", "state.pt"
@@ -61,6 +61,7 @@ class Checkpoint:
     step: int
     scores: Mapping[str, float]  # on the validation split, at that epoch
     weights: Mapping[str, Tensor]
+    episodes: EpisodeTraining | None = None  # of a head that learned from episodes
     fingerprint: str = ""  # of the weights' file
     commit: str = ""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -74,10 +75,14 @@ class Checkpoint:
     def describe(self) -> str:
         """Short text for people."""
         missing = f", {self.n_missing} missing from the store" if self.n_missing else ""
+        classes, scored = self.class_names, f"{self.n_val} {self.selection} videos"
+        if self.episodes is not None:
+            way_and_shot = f"{self.episodes.n_way}-way {self.episodes.n_shot}-shot"
+            classes, scored = self.seen_classes, f"{self.episodes.n_val_episodes} {way_and_shot} episodes of {scored}"
         return (
-            f"{self.head}, {len(self.class_names)} classes, {self.n_train} training videos{missing}\n"
+            f"{self.head}, {len(classes)} classes, {self.n_train} training videos{missing}\n"
             f"epoch {self.epoch} of {self.train.epochs}: top-1 {100 * self.scores['top_1']:.1f} % "
-            f"of {self.n_val} {self.selection} videos, on which the epoch was chosen"
+            f"of {scored}, on which the epoch was chosen"
         )
 
     def predictor(
@@ -97,8 +102,9 @@ class Checkpoint:
         reads_names = find(self.head).reads_names(self.config)
         names = tuple(class_names) if class_names is not None and reads_names else self.class_names
         found = find_device(device)
+        trained_names = self.class_names if self.episodes is None else self.seen_classes
         module, text = build_head(
-            self.head, self.config, store, names, self.templates, found, trained_names=self.class_names
+            self.head, self.config, store, names, self.templates, found, trained_names=trained_names
         )
         _load(module, self.weights, self.head)
         return Predictor(
@@ -216,6 +222,8 @@ def _checkpoint(described: dict[str, Any]) -> Checkpoint:
     }
     fields["config"] = fill(find(fields["head"]).config, fields["config"], "head")
     fields["train"] = fill(TrainSpec, fields["train"], "train")
+    if (episodes := fields.get("episodes")) is not None:
+        fields["episodes"] = fill(EpisodeTraining, episodes, "episodes")
     fields["features"] = FeatureSpec.from_json(fields["features"])
     return Checkpoint(**fields, weights={})
 

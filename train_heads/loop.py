@@ -26,7 +26,7 @@ from ..extract.text import TextFeatures
 from .build import own_randomness, reseed
 from .checkpoint import read_state, trained_tensors, write_state
 from .optim import build_optimiser, learning_rate
-from .specs import HeadOutput, TrainSpec
+from .specs import Episodes, HeadOutput, TrainSpec
 
 CHECK_EVERY = 20  # steps between two looks at the loss; each look waits for the GPU
 SAVING_SHARE = 10  # a state that took a second is not written again for ten
@@ -38,14 +38,16 @@ class DivergedError(ColdframeError, ArithmeticError):
 
 
 class Batches(Protocol):
-    """What a loop asks of the training videos; `FeatureDataset` is one."""
+    """What a loop asks of the training data: of a `FeatureDataset`, or an `EpisodeDataset`."""
 
     def __len__(self) -> int:
-        """Videos."""
+        """Videos, or episodes, of an epoch."""
         ...
 
-    def batches(self, batch_size: int, shuffle_seed: int | None = None, *, pin: bool = False) -> Iterator[FeatureBatch]:
-        """All videos once, in the order that the seed draws; `pin` them where an accelerator takes them."""
+    def batches(
+        self, batch_size: int, shuffle_seed: int | None = None, *, pin: bool = False
+    ) -> Iterator[FeatureBatch] | Iterator[Episodes]:
+        """All of an epoch once, in the order that the seed draws; `pin` them where an accelerator takes them."""
         ...
 
 
@@ -76,7 +78,7 @@ def fit(
     """Train a head and leave it with the weights of its best epoch; go on where an interrupted run in `folder` stopped.
 
     Args:
-        data: training videos, every one with a label in [0, C).
+        data: training videos, every one with a label in [0, C), or episodes of them.
         text: class texts, on any device; None for a head that does not read them.
         validate: scores the head on videos it does not train on, after each epoch.
         folder: of the run; `history.jsonl` grows there by a line an epoch.
@@ -160,7 +162,7 @@ def fit(
 
 def _step(
     head: nn.Module,
-    batch: FeatureBatch,
+    batch: FeatureBatch | Episodes,
     text: TextFeatures | None,
     spec: TrainSpec,
     optimiser: torch.optim.Optimizer,
@@ -170,7 +172,7 @@ def _step(
     """One step down; the loss and the norm of the gradient before clipping, both still on the device."""
     for group in optimiser.param_groups:
         group["lr"] = rate
-    with torch.autocast(batch.mask.device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32"):
+    with torch.autocast(batch.labels.device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32"):
         loss = _loss(head(batch, text), batch.labels, spec.label_smoothing)
     optimiser.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
@@ -182,10 +184,11 @@ def _step(
 
 
 def _loss(output: HeadOutput, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of the logits, where there are any, plus the head's own terms."""
+    """Cross-entropy of the logits [..., C], where there are any, with labels [...]; plus the head's own terms."""
     terms = list(output.losses.values())
     if output.logits is not None:
-        terms.append(cross_entropy(output.logits.float(), labels, label_smoothing=label_smoothing))
+        logits = output.logits.float().flatten(0, -2)
+        terms.append(cross_entropy(logits, labels.flatten(), label_smoothing=label_smoothing))
     return torch.stack(terms).sum()
 
 

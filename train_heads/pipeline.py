@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ..data_manifests.episodes import EpisodeSpec
 from ..data_manifests.errors import ConfigError
 from ..data_manifests.records import Manifest, ManifestError
 from ..data_manifests.splits import carve_validation
@@ -31,10 +33,11 @@ from .checkpoint import (
     trained_tensors,
     write_whole,
 )
+from .episodic import EpisodeDataset
 from .heads import find
 from .loop import fit
 from .settings import to_toml
-from .specs import TrainSpec
+from .specs import EpisodeTraining, TrainSpec
 
 SETTINGS = "settings.toml"
 
@@ -47,6 +50,7 @@ def train(
     spec: TrainSpec | None = None,
     out: Path | str = "run",
     *,
+    episodes: EpisodeTraining | None = None,
     templates: Sequence[str] | str = "video",
     device: str = "auto",
     quiet: bool = False,
@@ -59,6 +63,7 @@ def train(
     Args:
         config: the head's own; None takes its defaults.
         out: folder of the run: settings, history, and in the end the checkpoint.
+        episodes: of a head that learns from them; None takes the defaults.
         templates: sentences around class names, one of them, or the name of a set of them; for heads that read text.
         device: a torch device, or auto.
         quiet: show no progress.
@@ -66,7 +71,8 @@ def train(
     Raises:
         UnknownName, ConfigError: no such head, nothing to train in it, or a config that does not suit the tower.
         SpecMismatch: the store lacks a feature; the message is the command that adds it.
-        ManifestError, StoreError: no training videos, unlabelled ones, or none of them in the store.
+        ManifestError, StoreError: no training videos, unlabelled ones, too few for the episodes, or none of them in the
+            store.
         DivergedError: the loss is not finite any more.
     """
     out, spec = Path(out), spec or TrainSpec()
@@ -77,22 +83,34 @@ def train(
             f"{head} has nothing to train",
             fix=f"Evaluate it as it is: `coldframe eval {protocol} --store STORE --head {head}`.",
         )
+    if find(head).learns_from_episodes:
+        episodes = episodes or EpisodeTraining()
+        spec = dataclasses.replace(spec, batch_size=episodes.per_step)
+    elif episodes is not None:
+        raise ConfigError(f"{head} does not learn from episodes", seen=episodes)
     needs = needed_features(head, config, store)
     store.require(needs, wanted_by=head)
     videos = _videos(store, manifest, needs, spec)
-    described = _settings(store, manifest, head, config, spec, templates)
+    described = _settings(store, manifest, head, config, spec, episodes, templates)
     if _is_finished(out, described):
         return load_checkpoint(out)
 
     found = find_device(device)
-    module, text = build_head(head, config, store, manifest.class_names, templates, found, spec.seed)
+    trained_names = () if episodes is None else videos.seen_classes
+    module, text = build_head(head, config, store, manifest.class_names, templates, found, spec.seed, trained_names)
+    if episodes is None:
+        data, train_text, validate = videos.train, text, _validation(videos.val, text, spec.batch_size, found)
+    else:
+        data, val = _episodes(videos, episodes, manifest)
+        train_text = None if text is None else text.select(videos.seen)
+        validate = _episode_validation(val, text, episodes.per_step, found)
     _begin(out, described)  # only now: a head that cannot be built leaves no folder that refuses the corrected one
     fitted = fit(
         module,
-        videos.train,
-        text,
+        data,
+        train_text,
         spec,
-        validate=_validation(videos.val, text, spec.batch_size, found),
+        validate=validate,
         folder=out,
         device=found,
         quiet=quiet,
@@ -116,6 +134,7 @@ def train(
             epoch=fitted.epoch,
             step=fitted.step,
             scores=fitted.scores,
+            episodes=episodes,
             weights=trained_tensors(module),
         ),
     )
@@ -156,7 +175,8 @@ class Videos:
 
     train: FeatureDataset
     val: FeatureDataset
-    seen_classes: tuple[str, ...]
+    seen: tuple[int, ...]  # labels of the training videos, ascending
+    seen_classes: tuple[str, ...]  # their names
     n_missing: int
 
 
@@ -166,8 +186,9 @@ def _videos(store: FeatureStore, manifest: Manifest, needs: Sequence[str], spec:
         manifest = carve_validation(manifest, spec.val_fraction, spec.seed)
     train, n_missing_train = _part(store, manifest, "train", needs)
     val, n_missing_val = _part(store, manifest, "val", needs)
-    seen = tuple(manifest.class_names[label] for label in sorted(set(train.labels.tolist())))
-    return Videos(train, val, seen, n_missing_train + n_missing_val)
+    seen = tuple(sorted(set(train.labels.tolist())))
+    names = tuple(manifest.class_names[label] for label in seen)
+    return Videos(train, val, seen, names, n_missing_train + n_missing_val)
 
 
 def _part(store: FeatureStore, manifest: Manifest, split: str, needs: Sequence[str]) -> tuple[FeatureDataset, int]:
@@ -185,6 +206,42 @@ def _part(store: FeatureStore, manifest: Manifest, split: str, needs: Sequence[s
             fix="Heads are trained on labelled videos: label them, or put them into no split.",
         )
     return FeatureDataset(store, ids, labels, needs), len(missing)
+
+
+def _episodes(videos: Videos, training: EpisodeTraining, manifest: Manifest) -> tuple[EpisodeDataset, EpisodeDataset]:
+    """Episodes to train on, whose classes are counted among the training classes, and one fixed list to validate on.
+
+    The list is the same for every run on these videos, so that runs can be compared.
+    """
+    way_and_shot = {"n_way": training.n_way, "n_shot": training.n_shot}
+    spec = EpisodeSpec(**way_and_shot, n_query=training.n_query, n_episodes=training.episodes_per_epoch)
+    val_spec = EpisodeSpec(**way_and_shot, n_query=1, n_episodes=training.n_val_episodes)
+    of_the_list = np.searchsorted(videos.seen, videos.train.labels.numpy())  # [V]
+    train = FeatureDataset(videos.train.store, videos.train.ids, of_the_list, videos.train.features)
+    return (
+        EpisodeDataset(train, spec, videos.seen_classes, f"training videos of {manifest.name}"),
+        EpisodeDataset(videos.val, val_spec, manifest.class_names, f"validation videos of {manifest.name}"),
+    )
+
+
+def _episode_validation(
+    val: EpisodeDataset, text: TextFeatures | None, per_step: int, device: torch.device
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Top-1 and loss of an episodic head over all queries of a list, asked as evaluation asks it."""
+
+    def validate(head: Any) -> dict[str, float]:
+        loss, hits, n = 0.0, 0, 0
+        for batch in val.batches(per_step):
+            moved = batch.to(device, torch.float32)
+            names = None if text is None else text.embedding[moved.class_ids]  # [n, W, E]
+            logits = head.episode_logits(moved.bank, moved.support, moved.query, names).float().flatten(0, 1)
+            labels = moved.labels.flatten()
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+            hits += int((logits.argmax(dim=-1) == labels).sum())
+            n += len(labels)
+        return {"top_1": hits / n, "loss": loss / n}
+
+    return validate
 
 
 def _validation(
@@ -205,7 +262,13 @@ def _validation(
 
 
 def _settings(
-    store: FeatureStore, manifest: Manifest, head: str, config: Any, spec: TrainSpec, templates: Sequence[str] | str
+    store: FeatureStore,
+    manifest: Manifest,
+    head: str,
+    config: Any,
+    spec: TrainSpec,
+    episodes: EpisodeTraining | None,
+    templates: Sequence[str] | str,
 ) -> str:
     """Everything that decides the run, as the TOML file that would start it again."""
     versions = ", ".join(f"{name} {number}" for name, number in code_versions().items())
@@ -214,6 +277,7 @@ def _settings(
         {
             "head": {"name": head, **dataclasses.asdict(config)},
             "train": dataclasses.asdict(spec),
+            **({} if episodes is None else {"episodes": dataclasses.asdict(episodes)}),
             "features": {
                 "store": store.fingerprint,
                 "manifest": manifest.fingerprint,

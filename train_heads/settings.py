@@ -1,4 +1,4 @@
-"""Settings of a run: a TOML file, then `--set key=value`, into a head's config and a TrainSpec."""
+"""Settings of a run: a TOML file, then `--set key=value`, into a head's config, a TrainSpec and an EpisodeTraining."""
 
 from __future__ import annotations
 
@@ -8,41 +8,51 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..data_manifests.errors import ConfigError, UnknownName
 from .heads import find
-from .specs import TrainSpec
+from .specs import EpisodeTraining, TrainSpec
 
 OTHER_TABLES = ("features", "protocol")  # of the same file, for the other stages
 
 Spec = TypeVar("Spec")
 
 
-def settings(head: str, toml: Path | None = None, sets: Sequence[str] = ()) -> tuple[Any, TrainSpec]:
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run is asked to do."""
+
+    head: Any  # the head's own config
+    train: TrainSpec
+    episodes: EpisodeTraining | None = None  # of a head that learns from episodes; they are then the batches
+
+
+def settings(head: str, toml: Path | None = None, sets: Sequence[str] = ()) -> Settings:
     """Resolve what a run is asked to do; what is not said keeps its default.
 
     Args:
-        toml: `[head]` (with `name`, or not) and `[train]`; other stages' tables are left alone.
-        sets: `head.layers=2`, `train.lr=1e-3`, or `lr=1e-3` where one of the two has the key; stronger than the file.
-
-    Returns:
-        The head's own config, and the training.
+        toml: `[head]` (with `name`, or not), `[train]` and, where the head learns from episodes, `[episodes]`; other
+            stages' tables are left alone.
+        sets: `head.layers=2`, `train.lr=1e-3`, or `lr=1e-3` where one table alone has the key; stronger than the file.
 
     Raises:
         UnknownName: no such head, table or key; names the nearest.
         ConfigError: no TOML, a value of the wrong type, an ambiguous key, a combination that cannot be.
     """
     specs: dict[str, type] = {"head": find(head).config, "train": TrainSpec}
-    tables: dict[str, dict[str, Any]] = {"head": {}, "train": {}}
-    if toml is not None:
-        tables |= _read(toml, head)
+    if find(head).learns_from_episodes:
+        specs["episodes"] = EpisodeTraining
+    tables: dict[str, dict[str, Any]] = {name: {} for name in specs}
+    tables |= {} if toml is None else _read(toml, head, specs)
     for assignment in sets:
         table, key, text = _split(assignment, specs)
         tables[table][key] = _parse(text, _hints(specs[table])[key], f"{table}.{key}")
-    return fill(specs["head"], tables["head"], "head"), fill(TrainSpec, tables["train"], "train")
+    filled = {name: fill(spec, tables[name], name) for name, spec in specs.items()}
+    return complete(Settings(**filled), is_batch_size_given="batch_size" in tables["train"])
 
 
 def fill(spec: type[Spec], table: Mapping[str, Any], where: str) -> Spec:
@@ -59,6 +69,25 @@ def fill(spec: type[Spec], table: Mapping[str, Any], where: str) -> Spec:
     return spec(**{key: _check(value, hints[key], f"{where}.{key}") for key, value in table.items()})
 
 
+def complete(given: Settings, *, is_batch_size_given: bool = False) -> Settings:
+    """The batch size of episodic training is its episodes to a step.
+
+    Raises:
+        ConfigError: another batch size was asked for.
+    """
+    if given.episodes is None:
+        return given
+    per_step, batch_size = given.episodes.per_step, given.train.batch_size
+    if is_batch_size_given and batch_size != per_step:
+        raise ConfigError(
+            "this head learns from episodes, and its batch size is episodes.per_step",
+            seen=f"train.batch_size={batch_size}",
+            wanted=f"{per_step}, or none",
+            fix="Write per_step=… instead.",
+        )
+    return dataclasses.replace(given, train=dataclasses.replace(given.train, batch_size=per_step))
+
+
 def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """Flat tables as TOML, which `settings` reads again; None is left out, as TOML has no word for it."""
     lines = []
@@ -70,8 +99,8 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path, head: str) -> dict[str, dict[str, Any]]:
-    """The tables [head] and [train] of a file."""
+def _read(path: Path, head: str, ours: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The tables of a file that are for this stage."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -79,12 +108,14 @@ def _read(path: Path, head: str) -> dict[str, dict[str, Any]]:
     except ValueError as error:  # of TOML, or of UTF-8
         raise ConfigError(f"{path} is not TOML: {error}") from error
     for name, table in tables.items():
-        if name not in ("head", "train", *OTHER_TABLES) or not isinstance(table, dict):
-            raise UnknownName(f"table of {path}", name, ("head", "train", *OTHER_TABLES))
+        if name == "episodes" and name not in ours:
+            raise ConfigError(f"{path} has a table [episodes], and {head} does not learn from episodes")
+        if name not in (*ours, *OTHER_TABLES) or not isinstance(table, dict):
+            raise UnknownName(f"table of {path}", name, (*ours, *OTHER_TABLES))
     named = tables.setdefault("head", {}).pop("name", head)
     if named != head:
         raise ConfigError(f"{path} is for another head", seen=named, wanted=head)
-    return {"head": tables["head"], "train": tables.get("train", {})}
+    return {name: tables[name] for name in ours if name in tables}
 
 
 def _split(assignment: str, specs: Mapping[str, type]) -> tuple[str, str, str]:

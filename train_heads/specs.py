@@ -36,7 +36,7 @@ class HeadContext:
 class HeadOutput:
     """What a head says of a batch."""
 
-    logits: Tensor | None = None  # [B, C]
+    logits: Tensor | None = None  # [B, C], or [n, Q, W] of Episodes
     embedding: Tensor | None = None  # [B, E], un-normalised
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # terms to add to the loss, already weighted
 
@@ -76,6 +76,11 @@ class HeadSpec:
         """Whether the head scores classes by their names, so that it may be asked about classes it never saw."""
         return not {"text", "names"}.isdisjoint(self.needs(config))
 
+    @property
+    def learns_from_episodes(self) -> bool:
+        """Whether training gives it `Episodes`; a head that classifies as well is trained on batches of videos."""
+        return self.is_trained and "classify" not in self.tasks
+
     def features(self, config: Any) -> tuple[str, ...]:
         """The stored features it reads: `needs` without text and names."""
         return tuple(name for name in self.needs(config) if name not in ("text", "names"))
@@ -91,13 +96,20 @@ class ClassifierHead(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Episodes:
-    """n few-shot episodes over a bank of V videos: what a step of episodic training is made of."""
+    """n few-shot episodes over a bank of V videos: what a step of episodic training is made of.
 
-    bank: FeatureBatch  # labels are classes of the training list
+    Classes are counted in the list of training classes, which is HeadContext.trained_names.
+    """
+
+    bank: FeatureBatch  # every video once
     support: Tensor  # rows of the bank [n, W, K]
     query: Tensor  # rows of the bank [n, Q], those of all ways of an episode
     class_ids: Tensor  # which class each way is, [n, W]
     labels: Tensor  # the right way of each query, [n, Q]
+
+    def __len__(self) -> int:
+        """Episodes, n."""
+        return len(self.query)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
         """Move them; `dtype` converts the floating features."""
@@ -112,7 +124,7 @@ class EpisodeHead(Protocol):
     is_transductive: bool
 
     def __call__(self, episodes: Episodes, text: TextFeatures | None) -> HeadOutput:
-        """Training: logits [n, Q, W] and the head's own losses. `text` is of all classes of the training list, [C, E]."""
+        """Training: logits [n, Q, W] and the head's own losses. `text` is of all training classes, [C, E]."""
         ...
 
     def episode_logits(self, bank: FeatureBatch, support: Tensor, query: Tensor, text: Tensor | None) -> Tensor:
@@ -170,3 +182,22 @@ class TrainSpec:
             raise ConfigError("val_fraction is a share of the training videos", seen=self.val_fraction, wanted="0 to 1")
         if self.precision not in PRECISIONS:
             raise ConfigError("unknown precision", seen=self.precision, wanted=" or ".join(PRECISIONS))
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeTraining:
+    """What an episodic head is trained on, in numbers; epochs, learning rate and the rest are the TrainSpec's."""
+
+    n_way: int = 5  # W
+    n_shot: int = 1  # K
+    n_query: int = 5  # of a class, in training; validation asks one, as the protocol does
+    episodes_per_epoch: int = 200
+    n_val_episodes: int = 400
+    per_step: int = 8  # episodes to a step: the batch size
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that draw nothing."""
+        for name in self.__dataclass_fields__:
+            least = 2 if name == "n_way" else 1
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"impossible {name}", seen=value, wanted=f"at least {least}")

@@ -15,7 +15,7 @@ from coldframe.extract.text import TEMPLATES
 from coldframe.train_heads.checkpoint import load_checkpoint
 from coldframe.train_heads.heads.temporal_transformer import Config as TemporalConfig
 from coldframe.train_heads.pipeline import train, untrained
-from coldframe.train_heads.settings import settings
+from coldframe.train_heads.settings import Settings, settings
 from coldframe.train_heads.specs import TrainSpec
 
 SPEC = TrainSpec(epochs=6, batch_size=8, lr=1e-2, val_fraction=0.25)
@@ -59,7 +59,7 @@ def test_settings_are_written_before_the_first_step_and_start_the_run_again(stor
     with pytest.raises(KeyboardInterrupt):
         train(store, manifest, "temporal_transformer", config, SPEC, tmp_path / "run", device="cpu")
     path = tmp_path / "run" / "settings.toml"
-    assert settings("temporal_transformer", path) == (config, SPEC)
+    assert settings("temporal_transformer", path) == Settings(config, SPEC)
     assert tomllib.loads(path.read_text())["features"]["store"] == store.fingerprint
 
 
@@ -218,13 +218,14 @@ def test_defaults_file_and_command_line_in_that_order(tmp_path):
         '[head]\nname = "temporal_transformer"\nlayers = 3\ndropout = 0\n'
         "[train]\nlr = 1e-4\nepochs = 7\n[protocol]\nx = 1\n"
     )
-    config, spec = settings(
+    given = settings(
         "temporal_transformer", path, ["head.layers=1", "lr=0.5", "train.decay_all=true", "positions=published"]
     )
-    assert config == TemporalConfig(layers=1, dropout=0.0, positions="published")
-    assert spec == TrainSpec(lr=0.5, epochs=7, decay_all=True)
-    assert isinstance(config.dropout, float)
-    assert settings("temporal_transformer") == (TemporalConfig(), TrainSpec())
+    assert given.head == TemporalConfig(layers=1, dropout=0.0, positions="published")
+    assert given.train == TrainSpec(lr=0.5, epochs=7, decay_all=True)
+    assert given.episodes is None
+    assert isinstance(given.head.dropout, float)
+    assert settings("temporal_transformer") == Settings(TemporalConfig(), TrainSpec())
 
 
 @pytest.mark.parametrize(
