@@ -258,7 +258,7 @@ def test_prototypes_find_the_same_however_the_work_is_cut(metric, monkeypatch):
     alone = [head.episode_logits(bank_of(frames), support[i : i + 1], query[i : i + 1]) for i in range(40)]
     assert looked_up.shape == (40, 6, 3)
     torch.testing.assert_close(looked_up, torch.cat(alone))
-    monkeypatch.setattr("coldframe.train_heads.heads.prototypes.PAIRS_AT_ONCE", 100)
+    monkeypatch.setattr("coldframe.train_heads.comparisons.PAIRS_AT_ONCE", 100)
     torch.testing.assert_close(head.episode_logits(bank_of(frames), support[:7], query[:7]), looked_up[:7])
 
 
