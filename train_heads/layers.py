@@ -45,6 +45,25 @@ class Adapter(nn.Module):
         return self.up(gelu(self.down(x)))
 
 
+class DropPath(nn.Module):
+    """In training, leaves out the branch of a sample with probability `rate`, and scales up those that stay.
+
+    Source: stochastic depth, Huang et al. 2016, arXiv:1603.09382, §3.
+    Differs: branches are scaled up in training, not down in use.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """What a block adds, [B, ...]: one draw for each of its B samples."""
+        if not self.training or not self.rate:
+            return branch
+        stays = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
+        return branch * stays / (1 - self.rate)
+
+
 class TransformerBlock(nn.Module):
     """CLIP's own block: x + attention(LN x), then x + MLP(LN x)."""
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import gelu, linear
 
-from coldframe.train_heads.layers import Adapter
+from coldframe.train_heads.layers import Adapter, DropPath
 
 
 def test_an_adapter_adds_nothing_at_first_and_learns_from_its_zeros():
@@ -22,3 +22,14 @@ def test_an_adapter_is_down_gelu_up():
     wanted = linear(gelu(linear(x, adapter.down.weight, adapter.down.bias)), adapter.up.weight)
     torch.testing.assert_close(adapter(x), wanted)
     assert sum(p.numel() for p in Adapter(768, 192).parameters()) == 295_872  # as counted from the paper's table
+
+
+def test_paths_are_dropped_for_whole_samples_and_keep_their_mean():
+    torch.manual_seed(0)
+    drop, x = DropPath(0.25), torch.ones(4000, 2, 3)
+    found = drop(x)
+    assert ((found == found[:, :1, :1]).all(dim=-1).all(dim=-1)).all()
+    assert set(found[:, 0, 0].unique().tolist()) == {0.0, float(torch.tensor(1) / 0.75)}
+    assert 0.22 < (found[:, 0, 0] == 0).float().mean() < 0.28
+    assert DropPath(0.0)(x) is x
+    assert drop.eval()(x) is x
