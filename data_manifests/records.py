@@ -155,6 +155,25 @@ class Manifest:
             raise UnknownName("split", name, SPLITS)
         return replace(self, records=tuple(r for r in self.records if r.split == name))
 
+    def by_caption(self) -> Self:
+        """Every caption a class of its own, for heads that learn sentences: one record for each caption of a video.
+
+        Classes are in the order in which captions first appear; equal captions are one class, and videos without any
+        are left out. A video with several captions is there several times under its one id: this is a view to train
+        on, not one to extract. Its classes are the captions of all its records: take the split first, lest those of
+        test videos be among the classes.
+
+        Raises:
+            ManifestError: no video has a caption.
+        """
+        captioned = [(r, caption.strip()) for r in self.records for caption in r.captions]
+        if not captioned:
+            fix = "Write them in the column captions, joined by |."
+            raise ManifestError(f"{self.name} has no captions", seen=f"{len(self.records):,} videos", fix=fix)
+        label = {caption: i for i, caption in enumerate(dict.fromkeys(caption for _, caption in captioned))}
+        records = tuple(replace(r, label=label[caption], captions=(caption,)) for r, caption in captioned)
+        return replace(self, class_names=tuple(label), records=records)
+
     def path_of(self, record: VideoRecord) -> str:
         """Where a record's file lies: a path below the root, or the record's URL."""
         return record.path if is_url(record.path) else posixpath.join(self.root, record.path)

@@ -44,6 +44,23 @@ def test_views_by_id_label_and_split() -> None:
     assert made.split("test").records == ()
 
 
+def test_every_caption_can_be_a_class_of_its_own() -> None:
+    made = manifest(
+        record("a.mp4", 0, "train", captions=("a dog barks", "a dog")),
+        record("b.mp4", 0, "train"),
+        record("c.mp4", None, "train", captions=("a cat", " a dog ")),
+        record("d.mp4", 0, "test", captions=("rain",)),
+    )
+    view = made.split("train").by_caption()
+    assert view.class_names == ("a dog barks", "a dog", "a cat")
+    assert view.ids == ("a.mp4", "a.mp4", "c.mp4", "c.mp4")
+    assert view.labels.tolist() == [0, 1, 2, 1]
+    assert [r.captions for r in view.records] == [("a dog barks",), ("a dog",), ("a cat",), ("a dog",)]
+    assert made.by_caption().class_names[-1] == "rain"
+    with pytest.raises(ManifestError, match="no captions; found 1 videos"):
+        manifest(record("b.mp4")).by_caption()
+
+
 def test_shared_labels_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="read-only"):
         TWO.labels[0] = 1
