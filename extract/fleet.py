@@ -64,7 +64,7 @@ def run_fleet(
         The sum of the reports, and an exit code: 128 + the signal that ended it all; 1 if a process crashed, while the
         others went on; else what they agree on.
     """
-    heard: queue.SimpleQueue[tuple[_Child, str]] = queue.SimpleQueue()
+    heard: queue.Queue[tuple[_Child, str]] = queue.Queue()
     shown = _Shown(quiet)
     children: list[_Child] = []
     with _caught_signals() as caught:
@@ -110,7 +110,7 @@ def sum_reports(store: Path, reports: Iterable[Mapping[str, Any]]) -> ExtractRep
 class _Child:
     """One process, its last progress and its report."""
 
-    def __init__(self, command: Sequence[str], device: str, heard: queue.SimpleQueue[tuple[_Child, str]]) -> None:
+    def __init__(self, command: Sequence[str], device: str, heard: queue.Queue[tuple[_Child, str]]) -> None:
         self.device = device
         self.done = self.total = self.n_failed = 0
         self.rate = 0.0
@@ -177,7 +177,7 @@ class _Child:
         assert self.process.stdout
         self._out = self.process.stdout.read()
 
-    def _read_words(self, heard: queue.SimpleQueue[tuple[_Child, str]]) -> None:
+    def _read_words(self, heard: queue.Queue[tuple[_Child, str]]) -> None:
         assert self.process.stderr
         for line in self.process.stderr:
             text = line.decode(errors="replace").rstrip().rpartition("\r")[2]  # the last state of a bar
@@ -238,8 +238,12 @@ def _progress_of(children: Sequence[_Child]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _relay(heard: queue.SimpleQueue[tuple[_Child, str]], shown: _Shown, wait_s: float = 0.0) -> None:
-    """Take in what the processes said; show what is no progress, with the device in front."""
+def _relay(heard: queue.Queue[tuple[_Child, str]], shown: _Shown, wait_s: float = 0.0) -> None:
+    """Take in what the processes said; show what is no progress, with the device in front.
+
+    Signals arrive while this waits. A `SimpleQueue` would then wait for ever: up to Python 3.12, where a signal's handling
+    outlasts the time limit, what remains of it is negative, which means none.
+    """
     with suppress(queue.Empty):
         while True:
             child, text = heard.get(timeout=wait_s)
