@@ -80,8 +80,9 @@ def scores(name, module, batch):
     """Logits of a classifier; for an episodic head the first video against the others, each a class of one shot."""
     if name in CLASSIFIERS:
         return module(batch, text_for(name)).logits
-    rows = torch.arange(len(batch))
-    return module.episode_logits(batch, rows[None, :, None], rows[None], None)[0]
+    rows, text = torch.arange(len(batch)), text_for(name)
+    names = None if text is None else text.embedding[batch.labels][None]
+    return module.episode_logits(batch, rows[None, :, None], rows[None], names)[0]
 
 
 def outputs_of_training(name, module, batch):
@@ -89,7 +90,7 @@ def outputs_of_training(name, module, batch):
     if name in CLASSIFIERS:
         return module(batch, text_for(name))
     rows = torch.arange(len(batch))
-    episodes = Episodes(batch, rows[None, :, None], rows[None], rows[None], rows[None])
+    episodes = Episodes(batch, rows[None, :, None], rows[None], batch.labels[None], rows[None])
     return module(episodes, text_for(name))
 
 

@@ -6,6 +6,7 @@ and the episodes' rows of them [n, Q] and [n, W, K]. It gives logits [n, Q, W]; 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -73,16 +74,18 @@ def build_comparison(
     return Alignment(metric, shots, lam, eps)
 
 
-def require_comparison(metric: str, shots: str, lam: float, choices: tuple[str, ...] = COMPARISONS) -> None:
+def require_comparison(
+    metric: str, shots: str, lam: float, metrics: Iterable[str] = COMPARISONS, fusions: Iterable[str] = SHOTS
+) -> None:
     """Refuse settings that name no comparison.
 
     Raises:
         ConfigError: no such metric or fusion of shots, or an impossible softness.
     """
-    if metric not in choices:
-        raise ConfigError("no such metric", seen=metric, wanted=" or ".join(choices))
-    if shots not in SHOTS:
-        raise ConfigError("no such fusion of shots", seen=shots, wanted=" or ".join(SHOTS))
+    if metric not in metrics:
+        raise ConfigError("no such metric", seen=metric, wanted=" or ".join(metrics))
+    if shots not in fusions:
+        raise ConfigError("no such fusion of shots", seen=shots, wanted=" or ".join(fusions))
     if lam <= 0:
         raise ConfigError("OTAM's softness is above 0", seen=f"lam={lam}")
 

@@ -35,7 +35,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse words that mean nothing here."""
-        require_comparison(self.metric, self.shots, self.lam, tuple(METRICS))
+        require_comparison(self.metric, self.shots, self.lam, METRICS)
         if self.feature.partition(".")[0] not in ("cls", "embedding"):
             raise ConfigError(
                 "prototypes reads one vector a frame", seen=f"feature={self.feature!r}", wanted="cls.<k> or embedding"
