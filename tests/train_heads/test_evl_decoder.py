@@ -16,11 +16,12 @@ from coldframe.data_manifests.errors import ConfigError
 from coldframe.extract.batches import FeatureBatch
 from coldframe.extract.specs import SpecMismatch, TowerShape
 from coldframe.extract.towers import QueryKey
-from coldframe.train_heads.heads.evl_decoder import HEAD, Config, OneQueryAttention, from_official
+from coldframe.train_heads.heads.evl_decoder import HEAD, Config, OneQueryAttention
 from coldframe.train_heads.specs import HeadContext
 
 SHAPE = TowerShape(5, 32, 4, 16, (2, 4), text_width=16, text_layers=1, text_heads=1, context_length=77)
 N_FRAMES = 6
+OFFICIAL: Any = HEAD.official
 NO_LOCAL: dict[str, Any] = {"temporal_conv": False, "temporal_position": False, "cross_frame": False}
 
 
@@ -68,18 +69,17 @@ def logits(head: nn.Module, batch: FeatureBatch) -> Tensor:
 def test_recorded_outputs_of_the_original(recorded: Callable[[str], list[Any]]) -> None:
     for file in recorded("EVL"):
         sizes, tower = file.sizes, file.tower
-        config, state, n_frames, n_classes, width, grid = from_official(file.named("head."))
-        assert (n_frames, n_classes, width, grid) == (
-            sizes["T"],
-            sizes["classes"],
-            sizes["vision_width"],
-            tower.shape.grid,
-        )
-        assert (config.n_layers, config.qkv_dim or width) == (sizes["decoder_layers"], sizes["qkv_dim"])
-        classes = tuple(map(str, range(n_classes)))
-        head: Any = HEAD.build(config, HeadContext(tower.shape, sizes["T"], classes, lambda tower=tower: tower))
+        classes = tuple(map(str, range(sizes["classes"])))
+        known = HeadContext(tower.shape, sizes["T"], classes, lambda tower=tower: tower)
+        theirs = file.named("head.")
+        config, state = OFFICIAL.read(theirs, known, Config())
+        assert (config.n_layers, config.qkv_dim or tower.shape.width) == (sizes["decoder_layers"], sizes["qkv_dim"])
+        head: Any = HEAD.build(config, known)
         head.load_state_dict(state)
         head.eval()
+        written = OFFICIAL.write(config, head.state_dict())
+        assert written.keys() == theirs.keys()
+        assert all(torch.equal(written[name], theirs[name]) for name in theirs)
 
         frames = file["frames"]
         found = tower.encode_images(rearrange(frames, "b c t h w -> (b t) c h w"), HEAD.features(config))
@@ -265,11 +265,20 @@ def test_autocast_and_half_precision_features() -> None:
         (768, 12, 14, 4, 16, 400, True, "33.21"),
         (768, 12, 14, 4, 32, 400, True, "33.26"),
         (768, 12, 14, 4, 8, 400, False, "28.70"),
+        (768, 12, 14, 4, 16, 400, False, "28.73"),
+        (768, 12, 14, 4, 32, 400, False, "28.78"),
         (1024, 16, 16, 4, 8, 400, True, "58.73"),
+        (1024, 16, 16, 4, 16, 400, True, "58.76"),
+        (1024, 16, 16, 4, 32, 400, True, "58.83"),
+        (1024, 16, 16, 4, 8, 400, False, "50.86"),
+        (1024, 16, 16, 4, 16, 400, False, "50.89"),
         (1024, 16, 16, 4, 32, 400, False, "50.95"),
         (1024, 16, 24, 4, 32, 400, True, "69.05"),
+        (1024, 16, 24, 4, 32, 400, False, "50.95"),
         (768, 12, 14, 12, 16, 174, True, "98.8"),
+        (768, 12, 14, 12, 16, 174, False, "85.4"),
         (1024, 16, 16, 24, 32, 174, True, "350.7"),
+        (1024, 16, 16, 24, 32, 174, False, "303.4"),
     ],
 )
 def test_parameter_counts_of_the_published_models(
@@ -284,6 +293,24 @@ def test_parameter_counts_of_the_published_models(
     count = sum(prod(parameter.shape) for parameter in head.parameters() if parameter.requires_grad)
     assert count == n_layers * layer + width + 2 * width + (width + 1) * n_classes
     assert f"{count / 1e6:.{len(published.partition('.')[2])}f}" == published
+
+
+@pytest.mark.parametrize("cross_frame", [True, False])
+def test_every_block_of_the_tower_can_be_read(cross_frame: bool) -> None:
+    """As for Something-Something; queries and keys of the first block come from what lies below it, tokens.0."""
+    torch.manual_seed(0)
+    head: Any = HEAD.build(Config(n_layers=5, cross_frame=cross_frame), context()).eval()
+    assert head.features == tuple(f"tokens.{k}" for k in range(0 if cross_frame else 1, 6))
+    batch = batch_of()
+    more = {name: torch.randn_like(batch["tokens.3"]) for name in ("tokens.0", "tokens.1", "tokens.2")}
+    batch = replace(batch, features={**batch.features, **more})
+    assert head.attention_maps(batch).shape == (3, 5, 4, N_FRAMES, 9)
+    if cross_frame:
+        with torch.no_grad():
+            head.layers[0].local.cross_frame.next.normal_()
+        before = logits(head, batch)
+        changed = replace(batch, features={**batch.features, "tokens.0": torch.randn_like(batch["tokens.3"])})
+        assert not torch.allclose(logits(head, changed), before, atol=1e-4)
 
 
 def test_needs_one_block_more_for_queries_and_keys() -> None:
@@ -332,45 +359,51 @@ def official(**settings: Any) -> dict[str, Tensor]:
         found |= {f"decoder.temporal_conv.{i}.weight": (width, 1, 3), f"decoder.temporal_conv.{i}.bias": (width,)}
         found |= {f"decoder.temporal_pos_embed.{i}": (N_FRAMES, width)}
         found |= {f"decoder.cross_attention.{i}.w{n}": (rows, width) for n in (1, 2)}
-    return {f"module.{name}": torch.randn(shape) for name, shape in found.items()}
+    return {name: torch.randn(shape) for name, shape in found.items()}
 
 
-def test_a_published_checkpoint_fits_as_it_is() -> None:
+SQUARE = replace(SHAPE, grid=(4, 4))
+
+
+def test_a_published_checkpoint_goes_through_unchanged() -> None:
     weights = official()
     assert len(weights) == 97
-    for checkpoint in (weights, {"model": weights, "next_step": 50_000}):
-        config, state, n_frames, n_classes, width, grid = from_official(checkpoint)
-        assert (config.n_layers, n_frames, n_classes, width, grid) == (4, N_FRAMES, 3, 32, (4, 4))
-        HEAD.build(config, context(replace(SHAPE, grid=(4, 4)))).load_state_dict(state)
-    assert torch.equal(state["layers.3.local.cross_frame.next"], weights["module.decoder.cross_attention.3.w2"])
+    config, state = OFFICIAL.read(weights, context(SQUARE), Config(dropout=0.3))
+    assert config == Config(n_layers=4, dropout=0.3, positions="published")
+    head = HEAD.build(config, context(SQUARE))
+    head.load_state_dict(state)
+    assert torch.equal(state["layers.3.local.cross_frame.next"], weights["decoder.cross_attention.3.w2"])
+    written = OFFICIAL.write(config, head.state_dict())
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], weights[name]) for name in weights)
 
 
 def test_absent_local_terms_are_switched_off() -> None:
     local = ("temporal_conv", "temporal_pos_embed", "cross_attention")
     weights = {name: x for name, x in official().items() if not any(part in name for part in local)}
-    imported = from_official(weights)
-    assert imported.config == Config(positions="published", **NO_LOCAL)
-    assert imported.n_frames is imported.grid is None
-    HEAD.build(imported.config, context()).load_state_dict(imported.state)
+    config, state = OFFICIAL.read(weights, context(), Config())
+    assert config == Config(positions="published", **NO_LOCAL)
+    HEAD.build(config, context()).load_state_dict(state)
+    assert OFFICIAL.write(config, state).keys() == weights.keys()
 
 
-def test_positions_are_stretched_on_request() -> None:
+def test_positions_are_stretched_to_the_frames_of_the_store() -> None:
     weights = official()
     ramp = torch.arange(N_FRAMES).float()[:, None].expand(-1, 32)
-    weights["module.decoder.temporal_pos_embed.0"] = ramp
-    imported = from_official(weights, n_frames=2 * N_FRAMES)
-    assert imported.n_frames == 2 * N_FRAMES
+    weights["decoder.temporal_pos_embed.0"] = ramp
+    longer = context(SQUARE, n_frames=2 * N_FRAMES)
+    config, state = OFFICIAL.read(weights, longer, Config())
+    HEAD.build(config, longer).load_state_dict(state)
     wanted = torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 3.75, 4.25, 4.75, 5])
-    torch.testing.assert_close(imported.state["layers.0.local.position"][:, 7], wanted)
-    assert torch.equal(from_official(weights, N_FRAMES).state["layers.0.local.position"], ramp)
+    torch.testing.assert_close(state["layers.0.local.position"][:, 7], wanted)
 
 
 def test_strange_and_missing_tensors_are_named() -> None:
     weights = official()
-    weights["module.backbone.pos_embed"] = weights.pop("module.decoder.decoder_layers.2.attn.v_proj.bias")
+    weights["backbone.pos_embed"] = weights.pop("decoder.decoder_layers.2.attn.v_proj.bias")
     with pytest.raises(
         SpecMismatch, match=r"missing decoder\.decoder_layers\.2\.attn\.v_proj\.bias; unknown backbone\.pos"
     ):
-        from_official(weights)
+        OFFICIAL.read(weights, context(), Config())
     with pytest.raises(SpecMismatch, match=r"missing decoder\.cls_token.* …; unknown a"):
-        from_official({"a": torch.zeros(1)})
+        OFFICIAL.read({"a": torch.zeros(1)}, context(), Config())

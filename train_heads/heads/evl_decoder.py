@@ -12,11 +12,8 @@ Differs: the same function, computed otherwise. The query goes into token space,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isqrt
-from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -28,8 +25,8 @@ from ...extract.specs import SpecMismatch, canonical_feature
 from ...extract.text import TextFeatures
 from ...extract.towers import QueryKey
 from ..layers import QuickGELU
-from ..layouts import renamed, stretched
-from ..specs import HeadContext, HeadOutput, HeadSpec
+from ..layouts import back_to_theirs, renamed, stretched
+from ..specs import HeadContext, HeadOutput, HeadSpec, Official
 from ..token_functions import add_displacement, add_neighbours, bin_by_displacement, mix_normalised
 
 POSITION_STD = {"matched": 1.0, "published": 0.0}
@@ -248,52 +245,27 @@ class OneQueryAttention(nn.Module):
         return self.out(values), rearrange(attention, "b h (t s) -> b h t s", s=tokens.shape[2])
 
 
-class OfficialWeights(NamedTuple):
-    """A published checkpoint under our names, and the sizes found in it; the head count is not among them."""
-
-    config: Config
-    state: dict[str, Tensor]
-    n_frames: int | None  # None: it has no table of positions
-    n_classes: int
-    width: int
-    grid: tuple[int, int] | None  # None: it has no cross-frame tables
-
-
-def from_official(checkpoint: Mapping[str, Any], n_frames: int | None = None) -> OfficialWeights:
-    """Read a checkpoint of the original code, whole or its `model` alone.
-
-    Args:
-        n_frames: stretch the tables of positions to this many frames, linearly; None keeps them.
-
-    Raises:
-        SpecMismatch: tensors are missing or unknown; names them.
-    """
-    weights = {name.removeprefix("module."): tensor for name, tensor in checkpoint.get("model", checkpoint).items()}
-    indices = [int(found[1]) for name in weights if (found := re.match(r"decoder\.decoder_layers\.(\d+)\.", name))]
-    config = Config(
-        n_layers=max(indices, default=0) + 1,
+def _read(weights: Mapping[str, Tensor], context: HeadContext, config: Config) -> tuple[Config, dict[str, Tensor]]:
+    """See Official; that there are as many heads as the tower's stands in no tensor."""
+    layers = [name.split(".")[2] for name in weights if name.startswith("decoder.decoder_layers.")]
+    config = replace(
+        config,
+        n_layers=1 + max((int(i) for i in layers if i.isdecimal()), default=0),
         temporal_conv=any(name.startswith("decoder.temporal_conv.") for name in weights),
         temporal_position=any(name.startswith("decoder.temporal_pos_embed.") for name in weights),
         cross_frame=any(name.startswith("decoder.cross_attention.") for name in weights),
         positions="published",
     )
-    names = _official_names(config)
-    state = renamed(weights, names, "EVL's decoder")
+    state = renamed(weights, _official_names(config), "EVL's decoder")
     qkv_dim, width = state["layers.0.attention.query.weight"].shape
-    config = replace(
-        config,
-        mlp_ratio=len(state["layers.0.mlp.0.weight"]) // width,
-        qkv_dim=qkv_dim if qkv_dim != width else None,
-    )
-    n_stored, grid = None, None
-    if config.temporal_position:
-        tables = [f"layers.{i}.local.position" for i in range(config.n_layers)]
-        state |= {name: stretched(state[name], n_frames) for name in tables if n_frames is not None}
-        n_stored = len(state[tables[0]])
-    if config.cross_frame:
-        side = (isqrt(len(state["layers.0.local.cross_frame.previous"])) + 1) // 2
-        grid = (side, side)
-    return OfficialWeights(config, state, n_stored, len(state["classifier.2.bias"]), width, grid)
+    ratio = len(state["layers.0.mlp.0.weight"]) // width
+    config = replace(config, mlp_ratio=ratio, qkv_dim=qkv_dim if qkv_dim != width else None)
+    tables = [f"layers.{i}.local.position" for i in range(config.n_layers)] if config.temporal_position else []
+    return config, state | {name: stretched(state[name], context.n_frames) for name in tables}
+
+
+def _write(config: Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return back_to_theirs(state, _official_names(config))
 
 
 def _official_names(config: Config) -> dict[str, str]:
@@ -330,4 +302,5 @@ HEAD = HeadSpec(
     needs=lambda config: config.tokens,
     tasks=frozenset({"classify"}),
     source="EVL, Lin et al. 2022, arXiv:2208.03550, §3.2 and §3.3",
+    official=Official(_read, _write),
 )
