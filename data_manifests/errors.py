@@ -10,7 +10,7 @@
     ├── DecodeError(OSError)           one video; recorded with its reason, never ends a run    (extract/decoders/)
     ├── TowerError(ValueError)         weights that cannot be loaded or do not fit the model        (extract/weights.py)
     ├── CheckpointError(ValueError)    not a checkpoint of ours, or a broken one        (train_heads/checkpoint.py)
-    └── DivergedError(ArithmeticError) the loss is not finite any more                        (train_heads/loop.py)
+    └── DivergedError(ArithmeticError) the loss is not finite any more                         (train_heads/run.py)
 
 Anything else that reaches the user is a bug and shows its traceback. Each class also inherits the built-in that a
 stranger would catch.

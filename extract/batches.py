@@ -53,6 +53,10 @@ class FeatureBatch:
             labels=self.labels.to(device, non_blocking=True),
         )
 
+    def only(self, names: Iterable[str]) -> Self:
+        """The same videos with some of the features."""
+        return replace(self, features={name: self[name] for name in names})
+
     def select(self, rows: Tensor) -> Self:
         """The videos at `rows` [B'] (int64), in that order."""
         rows = rows.to(self.mask.device)

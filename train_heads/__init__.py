@@ -1,11 +1,12 @@
 """Stage 2: frozen features → light heads.
 
     pipeline.py   the stage, top-down              heads/         one head, one file
-    settings.py   TOML and --set → settings        layers.py      pieces that two or more heads share
-    build.py      store + head's name → head       alignment.py   temporal metrics of few-shot recognition
-    loop.py       fit(): one plain loop            specs.py       what heads declare and return; TrainSpec
-    optim.py      AdamW, learning rate             checkpoint.py  a trained head in a folder
-    predictor.py  a head at work                   episodic.py    few-shot episodes to train on
+    settings.py   TOML and --set → settings        specs.py       what heads declare and return; TrainSpec
+    build.py      store + head's name → head       layers.py, losses.py, layouts.py: what two or more heads share
+    loop.py       fit(): one plain loop            alignment.py, token_functions.py, reach.py: likewise
+    run.py        one head in training             training_data.py, episodic.py: what is trained on
+    optim.py      AdamW, learning rate             run_folder.py, checkpoint.py: what is on disk
+    sweep.py      many settings side by side       predictor.py   a head at work
 
 Evaluation is a stranger to this stage: `Predictor` fits what it asks for, and cli.py joins the two.
 """
@@ -13,10 +14,11 @@ Evaluation is a stranger to this stage: `Predictor` fits what it asks for, and c
 from __future__ import annotations
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from .loop import DivergedError, fit
-from .pipeline import train, untrained
+from .loop import fit
+from .pipeline import Job, train, train_together, untrained
 from .predictor import Predictor
-from .settings import settings
+from .run import DivergedError, Run
+from .settings import Settings, settings
 from .specs import ClassifierHead, EpisodeHead, Episodes, EpisodeTraining, HeadContext, HeadOutput, HeadSpec, TrainSpec
 
 __all__ = [
@@ -30,11 +32,15 @@ __all__ = [
     "HeadContext",
     "HeadOutput",
     "HeadSpec",
+    "Job",
     "Predictor",
+    "Run",
+    "Settings",
     "TrainSpec",
     "fit",
     "load_checkpoint",
     "settings",
     "train",
+    "train_together",
     "untrained",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..extract.store import FeatureStore
 from ..extract.text import TextFeatures, encode_classes
 from ..extract.towers import Tower, load_tower
 from .heads import find
+from .randomness import own_randomness, reseed
 from .specs import HeadContext
 
 
@@ -28,12 +28,14 @@ def build_head(
     device: torch.device,
     seed: int = 0,
     trained_names: Sequence[str] = (),
+    tower: Callable[[], Tower] | None = None,
 ) -> tuple[nn.Module, TextFeatures | None]:
     """Build a head for the features of a store, freshly initialised from `seed`, and the class texts it reads.
 
     Args:
         class_names: to score.
         trained_names: classes that the head's trained parts are sized by; none named are `class_names`.
+        tower: what `frozen_tower` gave, where several heads share it.
 
     Raises:
         UnknownName: no such head.
@@ -43,7 +45,7 @@ def build_head(
     """
     spec = find(name)
     store.require(needed_features(name, config, store), wanted_by=name)
-    tower = frozen_tower(store.spec.tower, device)
+    tower = tower or frozen_tower(store.spec.tower, device)
     n_frames = store.spec.frames.n_frames or store.longest
     context = HeadContext(store.shape, n_frames, tuple(class_names), tower, tuple(trained_names))
     with own_randomness(device):
@@ -115,17 +117,3 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ConfigError(f"no device {name!r}: {str(error).splitlines()[0]}", fix="Use auto or cpu.") from error
     return device
-
-
-@contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
-    """Give torch's global generators back as they were: initialisers and dropout know no others."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
-        yield
-
-
-def reseed(device: torch.device, seed: int) -> None:
-    """Seed the global generators that work on `device` draws from, and no others."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed_all(seed)

@@ -1,45 +1,39 @@
-"""Stage 2, top-down: store → training and validation videos → head → fit → checkpoint."""
+"""Stage 2, top-down: store → training and validation videos → heads → fit → checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
-from ..data_manifests.episodes import EpisodeSpec
 from ..data_manifests.errors import ConfigError
-from ..data_manifests.records import Manifest, ManifestError
-from ..data_manifests.splits import carve_validation
-from ..extract.batches import FeatureDataset, labelled
-from ..extract.provenance import code_commit, code_versions
-from ..extract.store import FeatureStore, StoreError
+from ..data_manifests.records import Manifest
+from ..extract.store import FeatureStore
 from ..extract.text import TextFeatures
-from .build import build_head, find_device, needed_features
-from .checkpoint import (
-    Checkpoint,
-    Predictor,
-    is_finished,
-    load_checkpoint,
-    remove_state,
-    save_checkpoint,
-    trained_tensors,
-    write_whole,
-)
-from .episodic import EpisodeDataset
+from ..extract.towers import Tower
+from .build import build_head, find_device, frozen_tower, needed_features
+from .checkpoint import Checkpoint, Predictor, load_checkpoint, remove_state, save_checkpoint, trained_tensors
 from .heads import find
-from .loop import fit
-from .settings import to_toml
+from .loop import Data, fit
+from .run import DivergedError, Run
+from .run_folder import begin, describe_run, has_ended
+from .settings import Settings, complete
 from .specs import EpisodeTraining, TrainSpec
+from .training_data import Videos, find_videos
 
-SETTINGS = "settings.toml"
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One head to train."""
+
+    head: str
+    asked: Settings
+    out: Path  # folder of the run
 
 
 def train(
@@ -75,71 +69,51 @@ def train(
             store.
         DivergedError: the loss is not finite any more.
     """
-    out, spec = Path(out), spec or TrainSpec()
-    config = find(head).config() if config is None else config
-    if not find(head).is_trained:
-        protocol = "few_shot" if "episodes" in find(head).tasks else "zero_shot"
-        raise ConfigError(
-            f"{head} has nothing to train",
-            fix=f"Evaluate it as it is: `coldframe eval {protocol} --store STORE --head {head}`.",
-        )
     if find(head).learns_from_episodes:
         episodes = episodes or EpisodeTraining()
-        spec = dataclasses.replace(spec, batch_size=episodes.per_step)
     elif episodes is not None:
         raise ConfigError(f"{head} does not learn from episodes", seen=episodes)
-    needs = needed_features(head, config, store)
-    store.require(needs, wanted_by=head)
-    videos = _videos(store, manifest, needs, spec)
-    described = _settings(store, manifest, head, config, spec, episodes, templates)
-    if _is_finished(out, described):
-        return load_checkpoint(out)
+    asked = complete(Settings(find(head).config() if config is None else config, spec or TrainSpec(), episodes))
+    job = Job(head, asked, Path(out))
+    (ended,) = train_together(store, manifest, [job], templates=templates, device=device, quiet=quiet)
+    if isinstance(ended, DivergedError):
+        raise ended
+    return ended
 
+
+def train_together(
+    store: FeatureStore,
+    manifest: Manifest,
+    jobs: Sequence[Job],
+    *,
+    templates: Sequence[str] | str = "video",
+    device: str = "auto",
+    quiet: bool = False,
+) -> list[Checkpoint | DivergedError]:
+    """Train heads side by side: those that see the same batches share one pass over the cache.
+
+    Every run ends with the same bits as if `train` had made it alone. All heads are built before the first step, so
+    that what is wrong with one is known at once, and their weights live in memory together.
+
+    Returns:
+        The checkpoint of each job, or why it has none.
+
+    Raises:
+        As `train` does, but for DivergedError.
+    """
+    plans = [_plan(store, manifest, job, templates) for job in jobs]
+    waiting = [plan for plan in plans if not has_ended(plan.job.out, plan.described)]
     found = find_device(device)
-    trained_names = () if episodes is None else videos.seen_classes
-    module, text = build_head(head, config, store, manifest.class_names, templates, found, spec.seed, trained_names)
-    if episodes is None:
-        data, train_text, validate = videos.train, text, _validation(videos.val, text, spec.batch_size, found)
-    else:
-        data, val = _episodes(videos, episodes, manifest)
-        train_text = None if text is None else text.select(videos.seen)
-        validate = _episode_validation(val, text, episodes.per_step, found)
-    _begin(out, described)  # only now: a head that cannot be built leaves no folder that refuses the corrected one
-    fitted = fit(
-        module,
-        data,
-        train_text,
-        spec,
-        validate=validate,
-        folder=out,
-        device=found,
-        quiet=quiet,
-    )
-    checkpoint = save_checkpoint(
-        out,
-        Checkpoint(
-            head=head,
-            config=config,
-            train=spec,
-            class_names=manifest.class_names,
-            seen_classes=videos.seen_classes,
-            templates=() if text is None else text.templates,
-            features=store.spec,
-            needs=needs,
-            manifest_fingerprint=manifest.fingerprint,
-            selection="val",
-            n_train=len(videos.train),
-            n_val=len(videos.val),
-            n_missing=videos.n_missing,
-            epoch=fitted.epoch,
-            step=fitted.step,
-            scores=fitted.scores,
-            episodes=episodes,
-            weights=trained_tensors(module),
-        ),
-    )
-    remove_state(out)
-    return checkpoint
+    tower = frozen_tower(store.spec.tower, found)
+    passes = _passes(store, manifest, waiting)
+    built = {plan: _build(plan, part.videos, store, templates, found, tower) for part in passes for plan in part.plans}
+    for plan in waiting:  # only now: a head that cannot be built leaves no folder that refuses the corrected one
+        begin(plan.job.out, plan.described)
+
+    ended: dict[_Plan, Checkpoint | DivergedError] = {}
+    for part in passes:
+        ended |= _go_over(part, [_run(plan, *built.pop(plan), part, found) for plan in part.plans], store, quiet)
+    return [ended[plan] if plan in ended else load_checkpoint(plan.job.out) for plan in plans]
 
 
 def untrained(
@@ -169,164 +143,122 @@ def untrained(
     return Predictor(head, dataclasses.asdict(config), module, needs, tuple(class_names), text, found)
 
 
-@dataclass(frozen=True, slots=True)
-class Videos:
-    """What a head trains on and what its epoch is chosen on: labelled videos of the store."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """A job that this store can do."""
 
-    train: FeatureDataset
-    val: FeatureDataset
-    seen: tuple[int, ...]  # labels of the training videos, ascending
-    seen_classes: tuple[str, ...]  # their names
-    n_missing: int
+    job: Job
+    needs: tuple[str, ...]
+    described: str  # as the run's settings.toml will say it
 
 
-def _videos(store: FeatureStore, manifest: Manifest, needs: Sequence[str], spec: TrainSpec) -> Videos:
-    """Join two splits with the store; a video that it lacks is counted, and nothing stands in for it."""
-    if not manifest.split("val").records:
-        manifest = carve_validation(manifest, spec.val_fraction, spec.seed)
-    train, n_missing_train = _part(store, manifest, "train", needs)
-    val, n_missing_val = _part(store, manifest, "val", needs)
-    seen = tuple(sorted(set(train.labels.tolist())))
-    names = tuple(manifest.class_names[label] for label in seen)
-    return Videos(train, val, seen, names, n_missing_train + n_missing_val)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """Jobs that see the same batches."""
+
+    plans: list[_Plan]
+    videos: Videos
+    data: Data
 
 
-def _part(store: FeatureStore, manifest: Manifest, split: str, needs: Sequence[str]) -> tuple[FeatureDataset, int]:
-    ids, labels, missing = labelled(store, manifest, split)
-    if not ids:
-        raise StoreError(
-            f"no video of split {split!r} of {manifest.name} is in the store {store.path}",
-            seen=f"{len(missing)} videos that it lacks",
-            fix="Extract this manifest's videos first, or give it that split.",
+def _plan(store: FeatureStore, manifest: Manifest, job: Job, templates: Sequence[str] | str) -> _Plan:
+    """Refuse what cannot be trained, or not from this store."""
+    head = find(job.head)
+    if not head.is_trained:
+        protocol = "few_shot" if "episodes" in head.tasks else "zero_shot"
+        raise ConfigError(
+            f"{job.head} has nothing to train",
+            fix=f"Evaluate it as it is: `coldframe eval {protocol} --store STORE --head {job.head}`.",
         )
-    if (labels < 0).any():
-        raise ManifestError(
-            f"{int((labels < 0).sum())} videos of split {split!r} of {manifest.name} have no label",
-            seen=f"for example {ids[int((labels < 0).argmax())]}",
-            fix="Heads are trained on labelled videos: label them, or put them into no split.",
-        )
-    return FeatureDataset(store, ids, labels, needs), len(missing)
+    needs = needed_features(job.head, job.asked.head, store)
+    store.require(needs, wanted_by=job.head)
+    return _Plan(job, needs, describe_run(store, manifest, job.head, job.asked, templates))
 
 
-def _episodes(videos: Videos, training: EpisodeTraining, manifest: Manifest) -> tuple[EpisodeDataset, EpisodeDataset]:
-    """Episodes to train on, whose classes are counted among the training classes, and one fixed list to validate on.
-
-    The list is the same for every run on these videos, so that runs can be compared.
-    """
-    way_and_shot = {"n_way": training.n_way, "n_shot": training.n_shot}
-    spec = EpisodeSpec(**way_and_shot, n_query=training.n_query, n_episodes=training.episodes_per_epoch)
-    val_spec = EpisodeSpec(**way_and_shot, n_query=1, n_episodes=training.n_val_episodes)
-    of_the_list = np.searchsorted(videos.seen, videos.train.labels.numpy())  # [V]
-    train = FeatureDataset(videos.train.store, videos.train.ids, of_the_list, videos.train.features)
-    return (
-        EpisodeDataset(train, spec, videos.seen_classes, f"training videos of {manifest.name}"),
-        EpisodeDataset(videos.val, val_spec, manifest.class_names, f"validation videos of {manifest.name}"),
-    )
-
-
-def _episode_validation(
-    val: EpisodeDataset, text: TextFeatures | None, per_step: int, device: torch.device
-) -> Callable[[nn.Module], dict[str, float]]:
-    """Top-1 and loss of an episodic head over all queries of a list, asked as evaluation asks it."""
-
-    def validate(head: Any) -> dict[str, float]:
-        loss, hits, n = 0.0, 0, 0
-        for batch in val.batches(per_step):
-            moved = batch.to(device, torch.float32)
-            names = None if text is None else text.embedding[moved.class_ids]  # [n, W, E]
-            logits = head.episode_logits(moved.bank, moved.support, moved.query, names).float().flatten(0, 1)
-            labels = moved.labels.flatten()
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-            hits += int((logits.argmax(dim=-1) == labels).sum())
-            n += len(labels)
-        return {"top_1": hits / n, "loss": loss / n}
-
-    return validate
+def _passes(store: FeatureStore, manifest: Manifest, plans: Sequence[_Plan]) -> list[_Pass]:
+    """Group jobs by all that decides which videos are in a batch; a pass reads what any of them needs."""
+    groups: dict[object, list[_Plan]] = {}
+    for plan in plans:
+        train, episodes = plan.job.asked.train, plan.job.asked.episodes
+        groups.setdefault((train.seed, train.batch_size, train.val_fraction, episodes), []).append(plan)
+    passes = []
+    for group in groups.values():
+        asked = group[0].job.asked
+        needs = dict.fromkeys(feature for plan in group for feature in plan.needs)
+        videos = find_videos(store, manifest, tuple(needs), asked.train)
+        passes.append(_Pass(group, videos, videos.data(asked)))
+    return passes
 
 
-def _validation(
-    val: FeatureDataset, text: TextFeatures | None, batch_size: int, device: torch.device
-) -> Callable[[nn.Module], dict[str, float]]:
-    """Top-1 and loss of a head on all validation videos."""
-
-    def validate(head: nn.Module) -> dict[str, float]:
-        loss, hits = 0.0, 0
-        for batch in val.batches(batch_size):
-            moved = batch.to(device, torch.float32)
-            logits = head(moved, text).logits.float()
-            loss += float(cross_entropy(logits, moved.labels, reduction="sum"))
-            hits += int((logits.argmax(dim=-1) == moved.labels).sum())
-        return {"top_1": hits / len(val), "loss": loss / len(val)}
-
-    return validate
-
-
-def _settings(
+def _build(
+    plan: _Plan,
+    videos: Videos,
     store: FeatureStore,
-    manifest: Manifest,
-    head: str,
-    config: Any,
-    spec: TrainSpec,
-    episodes: EpisodeTraining | None,
     templates: Sequence[str] | str,
-) -> str:
-    """Everything that decides the run, as the TOML file that would start it again."""
-    versions = ", ".join(f"{name} {number}" for name, number in code_versions().items())
-    made = f"# {versions}, commit {code_commit() or 'unknown'}\n# store {store.path}, manifest {manifest.name}\n\n"
-    return made + to_toml(
-        {
-            "head": {"name": head, **dataclasses.asdict(config)},
-            "train": dataclasses.asdict(spec),
-            **({} if episodes is None else {"episodes": dataclasses.asdict(episodes)}),
-            "features": {
-                "store": store.fingerprint,
-                "manifest": manifest.fingerprint,
-                "templates": templates if isinstance(templates, str) else list(templates),
-            },
-        }
+    device: torch.device,
+    tower: Callable[[], Tower],
+) -> tuple[nn.Module, TextFeatures | None]:
+    """The head, and the texts of all classes of the manifest."""
+    asked, class_names = plan.job.asked, videos.manifest.class_names
+    trained_names = () if asked.episodes is None else videos.seen_classes
+    return build_head(
+        plan.job.head, asked.head, store, class_names, templates, device, asked.train.seed, trained_names, tower
     )
 
 
-def _is_finished(folder: Path, settings: str) -> bool:
-    """Whether this very run has already ended in a folder; writes nothing.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
-    ours = tomllib.loads(settings)
-    begun = _begun(folder / SETTINGS)
-    if ours.keys() <= begun.keys():
-        _expect_same(folder, begun, ours)
-        return is_finished(folder)
-    if folder.is_file() or (folder.exists() and any(not path.name.startswith(SETTINGS) for path in folder.iterdir())):
-        raise ConfigError(f"{folder} holds something that is no run", fix="Choose another folder.")
-    return False
-
-
-def _begun(path: Path) -> dict[str, Any]:
-    """The settings of a run that has begun; nothing where they are absent or were cut off while being written."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return {}
+def _run(plan: _Plan, head: nn.Module, text: TextFeatures | None, part: _Pass, device: torch.device) -> Run:
+    """A run; one that learns from episodes is told the names of training classes alone."""
+    asked = plan.job.asked
+    return Run(
+        head,
+        asked.train,
+        plan.job.out,
+        part.data.n_batches,
+        text=text if text is None or asked.episodes is None else text.select(part.videos.seen),
+        text_of_validation=text,
+        features=plan.needs,
+        device=device,
+    )
 
 
-def _begin(folder: Path, settings: str) -> None:
-    """Write the settings of a run; those of one that goes on stay as they are."""
-    if not tomllib.loads(settings).keys() <= _begun(folder / SETTINGS).keys():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / SETTINGS, settings.encode())
+def _go_over(
+    part: _Pass, runs: Sequence[Run], store: FeatureStore, quiet: bool
+) -> dict[_Plan, Checkpoint | DivergedError]:
+    """Train the runs of a pass; each has its checkpoint as soon as it has ended."""
+    plan_of = dict(zip(runs, part.plans, strict=True))
+    ended: dict[_Plan, Checkpoint | DivergedError] = {}
+
+    def end(run: Run) -> None:
+        plan = plan_of[run]
+        ended[plan] = run.error or _save(plan, run, part.videos, store)
+
+    fit(runs, part.data, ended=end, quiet=quiet)
+    return ended
 
 
-def _expect_same(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for table, values in ours.items():
-        held = theirs.get(table, {})
-        for key in [*values, *held]:
-            seen, wanted = held.get(key), values.get(key)
-            if seen != wanted:
-                raise ConfigError(
-                    f"{folder} holds a run with another {table}.{key}",
-                    seen=repr(seen),
-                    wanted=repr(wanted),
-                    fix="Choose another folder, or remove it.",
-                )
+def _save(plan: _Plan, run: Run, videos: Videos, store: FeatureStore) -> Checkpoint:
+    """The checkpoint of a run that has ended; its state is not needed any more."""
+    best, text, asked = run.finish(), run.text, plan.job.asked
+    checkpoint = Checkpoint(
+        head=plan.job.head,
+        config=asked.head,
+        train=asked.train,
+        class_names=videos.manifest.class_names,
+        seen_classes=videos.seen_classes,
+        templates=() if text is None else text.templates,
+        features=store.spec,
+        needs=plan.needs,
+        manifest_fingerprint=videos.manifest.fingerprint,
+        selection="val",
+        n_train=len(videos.train),
+        n_val=len(videos.val),
+        n_missing=videos.n_missing,
+        epoch=best.epoch,
+        step=best.step,
+        scores=best.scores,
+        episodes=asked.episodes,
+        weights=trained_tensors(run.head),
+    )
+    saved = save_checkpoint(plan.job.out, checkpoint)
+    remove_state(plan.job.out)
+    return saved

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +115,10 @@ class Episodes:
         """Move them; `dtype` converts the floating features."""
         rows = (part.to(device, non_blocking=True) for part in (self.support, self.query, self.class_ids, self.labels))
         return Episodes(self.bank.to(device, dtype), *rows)
+
+    def only(self, names: Iterable[str]) -> Episodes:
+        """The same episodes with some of the features."""
+        return replace(self, bank=self.bank.only(names))
 
 
 class EpisodeHead(Protocol):

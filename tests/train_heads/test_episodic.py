@@ -157,14 +157,12 @@ def test_only_training_classes_are_trained_on_and_only_val_is_validated_on(few_s
         return gather(self, ids, *args, **kwargs)
 
     monkeypatch.setattr(FeatureStore, "gather", watched)
-    heads, fit = [], loop.fit
-    monkeypatch.setattr(
-        pipeline, "fit", lambda head, *args, **kwargs: (heads.append(head), fit(head, *args, **kwargs))[1]
-    )
+    runs, fit = [], loop.fit
+    monkeypatch.setattr(pipeline, "fit", lambda made, *args, **kwargs: (runs.extend(made), fit(made, *args, **kwargs)))
     config = settings(HEAD, None, [f"names={str(names).lower()}"]).head
     run(few_shot, tmp_path / "run", replace(SPEC, epochs=2), config=config)
     assert set(read) == {*manifest.split("train").ids, *manifest.split("val").ids}
-    (head,) = heads
+    head = runs[0].head
     assert head.seen_labels == {0, 1, 2, 3, 4}  # of the five training classes; the head itself checks their texts
     n_steps = len(head.asked) // 2
     assert head.asked[:n_steps] == head.asked[n_steps:]  # the same list after every epoch
