@@ -115,7 +115,7 @@ class Extraction:
     features: Annotated[
         str,
         typer.Option(
-            help="Store these: embedding, pixels, cls.K, tokens.K (K counts blocks; -1 is the last). "
+            help="Store these: embedding, pixels, cls.K, summary.K, tokens.K (K counts blocks; -1 is the last). "
             "(default: embedding,cls.-1)"
         ),
     ] = ""

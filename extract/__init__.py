@@ -6,6 +6,7 @@
     frames.py     video → frames                  weights.py     files of weights, read safely
     workers.py    killable decode processes;      text.py        class names × templates → text features
     worker.py     what runs in one of them        tiny/          coldframe-tiny, the CLIP that ships with the package
+    blocks.py     the towers' blocks, opened      summary.py     a block without its patches
     progress.py   what a long run shows           forecast.py    what a run will cost; space.py, how much disk
 
     writer.py     the store as extract writes it  compress.py    pooled tokens, int8

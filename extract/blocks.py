@@ -68,7 +68,11 @@ class Block:
         extra = insert.extra_tokens(x, self, mask)
         read = x if extra is None else torch.cat([x, extra], dim=-2)
         x = x[..., :1, :] if class_token_only else x
-        attended = self.attend(x, None if read is x else read)
+        return self.finish(x, self.attend(x, None if read is x else read), insert, mask)
+
+    def finish(self, x: Tensor, attended: Tensor, insert: Insert | None = None, mask: Tensor | None = None) -> Tensor:
+        """The block from its attention on: the stream [..., S, D] that went in, and what was attended to, [..., S, D]."""
+        insert = insert or _NOTHING
         x = x + insert.after_attention(self.module.ls_1(attended))
         x = insert.before_mlp(x, mask)
         normed = self.module.ln_2(x)

@@ -167,7 +167,7 @@ class Forecast:
                 f"{readable(large)} of patches, {readable(self.machine_bytes)} here: every epoch READS THE DISK"
             )
         if small:
-            lines.append(f"{readable(small)} of embeddings and class tokens, which training holds in memory")
+            lines.append(f"{readable(small)} of embeddings, class tokens and summaries, which training holds in memory")
         return lines
 
 

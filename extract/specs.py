@@ -229,6 +229,7 @@ def canonical_feature(name: str, layers: int) -> str:
     """Give a feature its stored name: `tokens.-1` of a 12-block tower is `tokens.12`.
 
     `tokens.<k>` and `cls.<k>` count the residual stream after block k; k = 0 is after ln_pre, k = layers (or -1) the last.
+    `summary.<k>` is what block k+1 needs of it (see summary.py), so that `summary.-2` is the last.
 
     Raises:
         UnknownName: not a feature, or a layer that the tower lacks.
@@ -236,13 +237,17 @@ def canonical_feature(name: str, layers: int) -> str:
     kind, _, layer = name.partition(".")
     if name in ("embedding", "pixels"):
         return name
-    if kind in ("tokens", "cls") and re.fullmatch("-?[0-9]{1,9}", layer):
+    if kind in ("tokens", "cls", "summary") and re.fullmatch("-?[0-9]{1,9}", layer):
         k = int(layer)
         k = k + layers + 1 if k < 0 else k
-        if 0 <= k <= layers:
+        last = layers - 1 if kind == "summary" else layers
+        if 0 <= k <= last:
             return f"{kind}.{k}"
-        raise UnknownName("feature", name, (f"{kind}.{i}" for i in range(-layers - 1, layers + 1)))
-    raise UnknownName("feature", name, ("embedding", "pixels", "cls.-1", "tokens.-1", "cls.0", "tokens.0"))
+        raise UnknownName(
+            "feature", name, (f"{kind}.{i}" for i in (*range(-layers - 1, last - layers), *range(last + 1)))
+        )
+    choices = ("embedding", "pixels", "cls.-1", "tokens.-1", "cls.0", "tokens.0", "summary.-2")
+    raise UnknownName("feature", name, choices)
 
 
 def canonical_features(names: Iterable[str], layers: int) -> tuple[str, ...]:
@@ -258,7 +263,10 @@ def arrays_of(feature: str, dtype: str) -> tuple[str, ...]:
 
 
 def feature_shape(name: str, shape: TowerShape, size_px: int) -> tuple[int, ...]:
-    """Shape of one frame: tokens [1+N, D], their scales [1+N], cls [D], embedding [E], pixels [3, S, S]."""
+    """Shape of one frame.
+
+    tokens [1+N, D], their scales [1+N], cls [D], summary [3D + 2·heads], embedding [E], pixels [3, S, S].
+    """
     match name.partition(".")[0]:
         case "scale":
             return (1 + shape.n_patches,)
@@ -266,12 +274,14 @@ def feature_shape(name: str, shape: TowerShape, size_px: int) -> tuple[int, ...]
             return (1 + shape.n_patches, shape.width)
         case "cls":
             return (shape.width,)
+        case "summary":
+            return (3 * shape.width + 2 * shape.heads,)
         case "embedding":
             return (shape.embed_dim,)
         case "pixels":
             return (3, size_px, size_px)
         case _:
-            raise UnknownName("feature", name, ("embedding", "pixels", "cls.<k>", "tokens.<k>"))
+            raise UnknownName("feature", name, ("embedding", "pixels", "cls.<k>", "summary.<k>", "tokens.<k>"))
 
 
 def _one_of(kind: str, name: str, choices: tuple[str, ...]) -> None:

@@ -24,6 +24,7 @@ from ..data_manifests.errors import ConfigError, UnknownName
 from .blocks import Block, Inserts, expect_layers, open_block, run_blocks
 from .pretrained import is_class_token_vit, load_model, tokenizer_of, transform_of, uses_quick_gelu
 from .specs import PRECISIONS, TowerShape, TowerSpec, canonical_features
+from .summary import pack, summarise
 from .text_tower import TextTower
 from .weights import TowerError, weights_sha256
 
@@ -126,11 +127,11 @@ class Tower:
 
         Args:
             pixels: uint8 [F, 3, S, S], crops as open_clip's transform makes them before it scales them.
-            features: `embedding`, `cls.<k>`, `tokens.<k>`, `pixels`; k may be counted from the end.
+            features: `embedding`, `cls.<k>`, `summary.<k>`, `tokens.<k>`, `pixels`; k may be counted from the end.
 
         Returns:
             Canonical name → embedding [F, E] un-normalised, cls [F, D], tokens [F, 1+N, D] (the raw residual stream,
-            class token first), float32 on the tower's device; pixels as they came.
+            class token first), summary as summary.py packs it, float32 on the tower's device; pixels as they came.
 
         Raises:
             UnknownName: not a feature, or a layer that the tower lacks.
@@ -169,6 +170,8 @@ class Tower:
                 found[f"tokens.{k}"] = x
             if f"cls.{k}" in wanted:
                 found[f"cls.{k}"] = x[:, 0].clone()  # a view would keep every patch token alive
+            if f"summary.{k}" in wanted:
+                found[f"summary.{k}"] = pack(summarise(x, self.block(k + 1)))
             if k == self.shape.layers and "embedding" in wanted:
                 found["embedding"] = self._project(x)
         return found

@@ -70,7 +70,13 @@ def test_layers_count_from_either_end() -> None:
         "tokens.2",
         "tokens.12",
     )
+    assert canonical_feature("summary.-2", 12) == canonical_feature("summary.11", 12) == "summary.11"
+    assert canonical_feature("summary.-13", 12) == "summary.0"
     for name in (
+        "summary.12",
+        "summary.-1",
+        "summary.-14",
+        "summary",
         "tokens.13",
         "tokens.-14",
         "tokens",
@@ -88,6 +94,7 @@ def test_layers_count_from_either_end() -> None:
 def test_shapes_of_one_frame() -> None:
     assert feature_shape("tokens.12", SHAPE, 224) == (197, 768)
     assert feature_shape("cls.12", SHAPE, 224) == (768,)
+    assert feature_shape("summary.11", SHAPE, 224) == (2328,)
     assert feature_shape("embedding", SHAPE, 224) == (512,)
     assert feature_shape("pixels", SHAPE, 224) == (3, 224, 224)
 

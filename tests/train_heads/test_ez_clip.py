@@ -1,5 +1,6 @@
 """EZ-CLIP against recordings of the original, its counted sizes, and what it must not change."""
 
+import json
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -9,11 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from coldframe.cli import main
+from coldframe.data_manifests import Manifest, VideoRecord
+from coldframe.data_manifests.drawn import plan_clips
 from coldframe.data_manifests.errors import ConfigError
-from coldframe.extract.batches import FeatureBatch
+from coldframe.extract import FeatureStore
+from coldframe.extract.batches import FeatureBatch, FeatureDataset
+from coldframe.extract.blocks import Insert
+from coldframe.extract.frames import write_video
 from coldframe.extract.specs import SpecMismatch
+from coldframe.extract.summary import pack, summarise
 from coldframe.extract.towers import Tower, load_tower
-from coldframe.train_heads.checkpoint import trained_tensors
+from coldframe.train_heads.checkpoint import load_checkpoint, trained_tensors
 from coldframe.train_heads.heads.ez_clip import HEAD, Config
 from coldframe.train_heads.losses import motion_loss, same_class_contrastive
 from coldframe.train_heads.specs import HeadContext
@@ -338,3 +346,100 @@ def test_official_weights_that_are_not_these_are_named(tower):
 def test_the_frozen_tower_is_not_the_heads(tower):
     assert not any("resblocks" in name for name in build(tower).state_dict())
     assert all(isinstance(parameter, nn.Parameter) for parameter in build(tower).parameters())
+
+
+# ---- the last block without its patches
+
+
+def with_summary(tower: Tower, batch: FeatureBatch, dtype: torch.dtype = torch.float32) -> FeatureBatch:
+    summary = pack(summarise(batch["tokens.3"], tower.block(4)))
+    return replace(batch, features={"summary.3": summary.to(dtype), "tokens.3": batch["tokens.3"].to(dtype)})
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_compact_features_are_the_tokens(tower, batch, prompts, is_training):
+    """Forward, losses and every gradient, with branches dropped and a padded frame."""
+    both = with_summary(tower, batch)
+    both = replace(both, mask=torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]], dtype=torch.bool))
+    settings = {"reach": -2, "prompts": prompts, "drop_path": 0.3}
+    results = []
+    for compact in (False, True):
+        head = perturbed(build(tower, compact=compact, **settings)).train(is_training)
+        torch.manual_seed(11)
+        output = head(both)
+        frames = head.eval().frames(both)
+        loss = sum(output.losses.values()) if is_training else output.logits.square().sum()
+        results.append((frames, output.embedding, *torch.autograd.grad(loss, list(head.parameters()))))
+    assert HEAD.needs(Config(compact=True, **settings)) == ("summary.-2", "names")
+    for tokens, summary in zip(*results, strict=True):
+        scale = tokens.abs().max().clamp_min(1)
+        torch.testing.assert_close(summary / scale, tokens / scale, atol=1e-5, rtol=1e-5)
+    assert results[0][2].any()
+
+
+def test_compact_features_of_sixteen_bits(tower, batch):
+    head = perturbed(build(tower, compact=True, reach=-2))
+    exact = head.frames(with_summary(tower, batch))
+    rounded = head.frames(with_summary(tower, batch, torch.float16).to("cpu", torch.float32))
+    assert 0 < (rounded - exact).abs().max() < 2e-3 * exact.abs().max()
+
+
+def test_compact_features_train_under_autocast(tower, batch):
+    head = perturbed(build(tower, compact=True, reach=-2)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(head(with_summary(tower, batch)).losses.values()).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"reach": 0}, {"reach": -3}, {"reach": -2, "prompts": False, "temporal_adapters": True}]
+)
+def test_compact_features_suit_the_last_block_alone(settings):
+    with pytest.raises(ConfigError, match="reach=-2"):
+        Config(compact=True, **settings)
+
+
+def test_it_trains_from_a_store_and_scores_classes_it_never_saw(tmp_path, capsys):
+    """By the commands a user types; the compact features of a real float16 store say what its pixels say."""
+
+    def coldframe(*arguments: object) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as left:
+            main([str(a) for a in (*arguments, "--json")])
+        out, err = capsys.readouterr()
+        assert not left.value.code, err
+        return json.loads(out)
+
+    names = ("left", "right", "star")
+    records = []
+    for number, clip in enumerate(plan_clips(4)[:12]):
+        write_video(tmp_path / "videos" / f"{number}.mp4", clip.draw(n_frames=8, size_px=64), fps=12)
+        split = ("train", "train", "val", "test")[number % 4]
+        records.append(VideoRecord(f"{number}.mp4", f"{number}.mp4", number // 4, split))
+    Manifest("drawn", str(tmp_path / "videos"), names, tuple(records)).write(tmp_path / "m.csv")
+    store, run = tmp_path / "store", tmp_path / "run"
+    coldframe("extract", tmp_path / "m.csv", "--store", store, "--model", "coldframe-tiny", "--frames", "3",
+              "--workers", "1", "--features", "pixels,summary.-2", "--quiet")  # fmt: skip
+    coldframe("train-head", "ez_clip", "--store", store, "--out", run, "--set", "compact=true", "--set", "reach=-2",
+              "--set", "epochs=2", "--quiet")  # fmt: skip
+
+    opened = FeatureStore.open(store)
+    compact: Any = load_checkpoint(run).predictor(opened, device="cpu").module
+    from_pixels: Any = HEAD.build(
+        replace(compact.config, reach=0, compact=False), HeadContext(opened.shape, 3, names, lambda: compact.tower)
+    ).eval()
+    from_pixels.image = nn.ModuleList([Insert(), Insert(), Insert(), *compact.image])
+    from_pixels.texts = compact.texts
+    data = (
+        FeatureDataset(opened, opened.ids, [0] * len(opened.ids), ["pixels", "summary.-2"])
+        .all()
+        .to("cpu", torch.float32)
+    )
+    wanted = from_pixels.frames(data)
+    assert (compact.frames(data) - wanted).abs().max() < 2e-3 * wanted.abs().max()
+
+    unseen = load_checkpoint(run).predictor(opened, ("falling", "rising"), device="cpu")
+    assert unseen.logits(data).shape == (12, 2)
+    assert unseen.uses_class_names
+    result = coldframe("eval", "closed_set", "--store", store, "--checkpoint", run, "--results", tmp_path / "r.jsonl")
+    assert result["n"] == 3

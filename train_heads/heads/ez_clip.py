@@ -12,7 +12,7 @@ Differs: a branch is dropped for a whole video or sentence, not for one position
     once a class, so samples of one class share what is dropped. A single frame has no variance: the motion loss counts
     it as zero. Padded frames take no part. Class texts are one sentence unless `descriptions` or "actionclip" is chosen;
     the sixteen sentences of the latter are ours, in the place of ActionCLIP's. `reach` leaves the lowest blocks as they
-    are, which the original cannot.
+    are, which the original cannot; of the last block alone it trains without the patches (`compact`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.blocks import Block, Insert
 from ...extract.specs import SpecMismatch
+from ...extract.summary import attend, unpack
 from ...extract.text import TextFeatures
 from ..class_texts import ACTIONCLIP, TEMPLATES, AdaptedTexts, from_descriptions, from_templates
 from ..layers import Adapter, DropPath, masked_mean
@@ -45,6 +46,7 @@ class Config:
     """Settings of `ez_clip`."""
 
     reach: int = 0  # the blocks above it are changed; see train_heads/reach.py
+    compact: bool = False  # of a reach of -2: read summary.-2 in the place of the tokens, which is the same
     prompts: bool = True  # a token a frame that has looked at the other frames
     deep: bool = True  # a prompt in every changed block, or in the first alone
     temporal_adapters: bool = (
@@ -65,6 +67,12 @@ class Config:
                 "temporal adapters stand in the place of prompts",
                 fix="Choose one: --set prompts=false, or no adapters.",
             )
+        if self.compact and (self.reach != -2 or self.temporal_adapters):
+            raise ConfigError(
+                "compact features know no patches, which all but the last block read, and adapters along time",
+                seen=f"reach={self.reach}, temporal_adapters={str(self.temporal_adapters).lower()}",
+                wanted="reach=-2 and prompts",
+            )
         if self.adapter_ratio < 1:
             raise ConfigError("impossible adapter_ratio", seen=self.adapter_ratio, wanted="at least 1")
         if self.motion_weight < 0:
@@ -75,6 +83,11 @@ class Config:
         if self.template != ACTIONCLIP and "{}" not in self.template:
             wanted = f"a sentence with {{}} where the class name goes, or {ACTIONCLIP}"
             raise ConfigError("no class name would be in the template", seen=repr(self.template), wanted=wanted)
+
+    @property
+    def feature(self) -> str:
+        """The stored feature that it reads."""
+        return f"summary.{self.reach}" if self.compact else reached_feature(self.reach)
 
     def sentences(self, class_names: tuple[str, ...]) -> list[list[str]]:
         """What is said of each class, C rows of P sentences."""
@@ -121,6 +134,8 @@ class EZCLIP(nn.Module):
 
     def frames(self, batch: FeatureBatch) -> Tensor:
         """Embeddings of the frames, [B, T, E], un-normalised."""
+        if self.config.compact:
+            return self.tower.project(self._last_block(batch))
         tokens = self.tower.resume(
             self.reach.tokens(batch, self.tower),
             self.reach.layer,
@@ -130,6 +145,16 @@ class EZCLIP(nn.Module):
             checkpoint=self.config.checkpoint,
         )
         return self.tower.project(tokens)
+
+    def _last_block(self, batch: FeatureBatch) -> Tensor:
+        """The class tokens that the last block leaves, [B, T, 1, D], from what it needs of each frame."""
+        insert, block = self.image[0], self.tower.block(self.reach.layer + 1)
+        assert isinstance(insert, ImageInsert)
+        frame = unpack(batch[f"summary.{self.reach.layer}"], block.heads)
+        with self.tower.working_precision():
+            extra = None if insert.prompt is None else insert.temporal_token(frame.mean, block, batch.mask)
+            class_token = rearrange(frame.class_token, "b t d -> b t 1 d")
+            return block.finish(class_token, attend(frame, extra, block), insert, batch.mask)
 
     def scores(self, video: Tensor) -> Tensor:
         """Logits [B, C] of videos [B, E]; of several sentences a class, the log of their mean probabilities."""
@@ -229,6 +254,7 @@ def read_official(
     config = replace(
         config,
         reach=0,
+        compact=False,
         prompts=prompts is not None,
         deep=config.deep if prompts is None else len(prompts) == context.shape.layers,
         temporal_adapters=any(".T_Adapter." in name for name in weights),
@@ -281,7 +307,7 @@ def _official_names(config: Config, layers: int, text_layers: int) -> dict[str, 
 HEAD = HeadSpec(
     config=Config,
     build=EZCLIP,
-    needs=lambda config: (reached_feature(config.reach), "names"),
+    needs=lambda config: (config.feature, "names"),
     tasks=frozenset({"classify"}),
     source="EZ-CLIP, Ahmad et al. 2023, arXiv:2312.08010",
     official=Official(read_official, write_official),
