@@ -8,7 +8,7 @@ until a parameter changes.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -62,10 +62,9 @@ class AdaptedTexts(nn.Module):
         self.tower = tower.text
         self.n_sentences = len(sentences[0])
         ids = tower.tokenize([text for row in sentences for text in row])
-        longest = int(ids.argmax(dim=-1).max()) + 1  # the tower is causal: what follows the end of a text is never read
-        ids = rearrange(ids[:, :longest], "(c p) s -> c p s", p=self.n_sentences)
+        ids = rearrange(up_to_the_longest(ids), "(c p) s -> c p s", p=self.n_sentences)
         self.register_buffer("ids", ids.to(tower.device), persistent=False)
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept = Kept(self)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids [n, S] -> embeddings [n, E], un-normalised."""
@@ -82,14 +81,35 @@ class AdaptedTexts(nn.Module):
         """Every sentence of every class, [C, P, E]; without gradients, computed once for each state of the parameters."""
         if torch.is_grad_enabled():
             return self._encode_all()
-        state = torch.cat([self.ids.new_empty(0).float(), *(p.detach().flatten().float() for p in self.parameters())])
-        if self._kept is None or self._kept[0].device != state.device or not torch.equal(self._kept[0], state):
-            self._kept = (state, self._encode_all())
-        return self._kept[1]
+        return self._kept(self._encode_all)
 
     def _encode_all(self) -> Tensor:
         chunks = self.ids.flatten(0, 1).split(TEXTS_AT_ONCE)
         return rearrange(torch.cat([self.encode(ids) for ids in chunks]), "(c p) e -> c p e", p=self.n_sentences)
+
+
+class Kept:
+    """A tensor that depends on the parameters of a module, computed again where one of them has changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = module.parameters
+        self._state: Tensor | None = None
+        self._value: Tensor | None = None
+
+    def __call__(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` says, or said of the same parameters."""
+        # By value: torch's fused optimisers do not count the changes that they make to a parameter.
+        parts = [parameter.detach().flatten().float() for parameter in self._parameters()]
+        state = torch.cat(parts) if parts else torch.empty(0)
+        if self._state is None or self._state.device != state.device or not torch.equal(self._state, state):
+            self._state, self._value = state, compute()
+        assert self._value is not None
+        return self._value
+
+
+def up_to_the_longest(ids: Tensor) -> Tensor:
+    """Token ids [C, S] without what is padding in all; a causal tower never reads what follows the end of a text."""
+    return ids[:, : int(ids.argmax(dim=-1).max()) + 1]
 
 
 def from_templates(class_names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:

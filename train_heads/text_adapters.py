@@ -1,0 +1,127 @@
+"""Class sentences in a text tower with adapters in its last blocks, where all that no adapter changes is computed once.
+
+Source: M2-CLIP, Wang et al. 2024, arXiv:2401.11649.
+Differs: adapters add nothing at first (`init = "original"` is the published draw, which does). What the blocks below the
+    first adapter say of the sentences is a constant and is kept; so is what the last block's attention says of their ends,
+    where that block alone is adapted and only before its MLP. Sentences end with the longest: the tower is causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ..extract.blocks import Block, Insert
+from ..extract.towers import TEXTS_AT_ONCE, Tower
+from .class_texts import Kept, up_to_the_longest
+from .layers import Adapter
+
+INITS = ("identity", "original")
+
+
+class TextInsert(Insert):
+    """Adapters in a block of the text tower: before the MLP, and before attention where `both` are wanted."""
+
+    def __init__(self, width: int, hidden: int, both: bool, init: str) -> None:
+        super().__init__()
+        self.pre_attention = _adapter(width, hidden, init) if both else None
+        self.pre_mlp = _adapter(width, hidden, init)
+
+    def before_attention(self, x: Tensor, block: Block, mask: Tensor | None) -> Tensor:
+        """The stream [C, S, D_t], adapted."""
+        return x if self.pre_attention is None else x + self.pre_attention(x)
+
+    def before_mlp(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The stream [C, S, D_t], adapted."""
+        return x + self.pre_mlp(x)
+
+
+def _adapter(width: int, hidden: int, init: str) -> Adapter:
+    adapter = Adapter(width, hidden)
+    nn.init.zeros_(adapter.down.bias)
+    if init == "original":
+        adapter.up.reset_parameters()
+        nn.init.zeros_(adapter.up.bias)
+    return adapter
+
+
+class AdaptedSentences(nn.Module):
+    """C sentences, and the last blocks of the text tower with an insert each."""
+
+    stream: Tensor
+    attended: Tensor
+    ends: Tensor
+    share: Tensor | None
+    frozen: Tensor
+
+    def __init__(
+        self,
+        ids: Tensor,
+        tower: Tower,
+        inserts: nn.ModuleList,
+        share: Sequence[float] | None = None,
+        checkpoint: bool = False,
+    ) -> None:
+        """Read token ids [C, S] up to where the inserts begin.
+
+        Args:
+            share: of the inserts in each embedding, [C]; the rest is the frozen tower's. None is all of it.
+        """
+        super().__init__()
+        self.tower, self.inserts, self.checkpoint = tower.text, inserts, checkpoint
+        self.below = self.tower.layers - len(inserts)
+        top = inserts[0]
+        self.reads_ends_alone = len(inserts) == 1 and isinstance(top, TextInsert) and top.pre_attention is None
+        ids = up_to_the_longest(ids).to(tower.device)
+        ends = ids.argmax(dim=-1)
+        with torch.no_grad(), torch.autocast(tower.device.type, enabled=False):
+            parts = [self._constant(chunk) for chunk in ids.split(TEXTS_AT_ONCE)]
+            stream, attended = (torch.cat(part) for part in zip(*parts, strict=True))
+            frozen = None if share is None else self.tower.project(self.tower.resume(self.tower.embed(ids)), ends)
+        shares = None if share is None else torch.tensor(share, device=tower.device)
+        self.register_buffer("stream", stream, persistent=False)  # [C, S, D_t], or [C, 1, D_t] of ends alone
+        self.register_buffer("attended", attended, persistent=False)  # of ends alone [C, 1, D_t]
+        self.register_buffer("ends", torch.zeros_like(ends) if self.reads_ends_alone else ends, persistent=False)
+        self.register_buffer("frozen", frozen, persistent=False)  # [C, E]
+        self.register_buffer("share", shares, persistent=False)
+        self._kept = Kept(self)
+
+    def forward(self) -> Tensor:
+        """Embeddings of the sentences [C, E], of length one where a part is frozen.
+
+        Without gradients they are computed once for each state of the parameters.
+        """
+        adapted = self._adapted() if torch.is_grad_enabled() else self._kept(self._adapted)
+        if self.share is None:
+            return adapted
+        share = rearrange(self.share, "c -> c 1")
+        return share * normalize(adapted, dim=-1) + (1 - share) * normalize(self.frozen, dim=-1)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Other sentences, token ids [B, S], up to the last block: [B, S, D_t]."""
+        return self.tower.resume(self.tower.embed(ids), inserts=self.inserts, checkpoint=self.checkpoint)
+
+    def _adapted(self) -> Tensor:
+        """The embeddings as the inserts have them, [C, E]."""
+        if self.reads_ends_alone:
+            top: Any = self.inserts[0]
+            stream = self.tower.block(self.tower.layers).finish(self.stream, self.attended, top)
+        else:
+            stream = self.tower.resume(self.stream, self.below, inserts=self.inserts, checkpoint=self.checkpoint)
+        return self.tower.project(stream, self.ends)
+
+    def _constant(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What no insert changes: the stream [C, S, D_t] below the first of them; or of ends alone [C, 1, D_t], with what
+        the last block's attention adds to it.
+        """
+        stream = self.tower.resume(self.tower.embed(ids), to_layer=self.below)
+        if not self.reads_ends_alone:
+            return stream, stream[:, :0]
+        attended = self.tower.block(self.tower.layers).attend(stream)
+        ends = torch.arange(len(ids)), ids.argmax(dim=-1)
+        return rearrange(stream[ends], "c d -> c 1 d"), rearrange(attended[ends], "c d -> c 1 d")
