@@ -524,6 +524,23 @@ def evaluate(
     show(result.to_json(), result.describe(), as_json)
 
 
+@app.command(**about("Draw where a head looks.", "attention runs/evl --store store --video run/a.mp4 --out looks.png"))
+def attention(
+    run: Annotated[Path, typer.Argument(help="A run of train-head, of a head with attention: evl_decoder.", **LOCAL)],
+    store: Store,
+    video: Annotated[str, typer.Option(help="The id of a video of the store.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture: .png, .jpg or .webp.", **LOCAL)],
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw the frames of a video, and below them where each layer of the head looks, in red and yellow."""
+    from coldframe.train_heads import load_checkpoint
+    from coldframe.train_heads.pictures import draw_attention
+
+    looked = draw_attention(load_checkpoint(run), open_store(store), video, out, device)
+    show(looked.to_json(), f"{looked.describe()}\nwritten to {out}", as_json)
+
+
 @app.command(**about("List the heads and what they need.", "heads"))
 def heads(as_json: Json = False) -> None:
     """Every head: what it needs from a store, and where it comes from."""

@@ -93,6 +93,18 @@ def test_a_head_trains_and_is_scored(head: str, folder: Path, store: Path) -> No
     assert "top_1" in coldframe("results", results)[1]
 
 
+def test_a_trained_decoder_shows_where_it_looks(folder: Path, store: Path) -> None:
+    run, picture = folder / "runs" / "looks", folder / "looks.png"
+    assert (
+        coldframe("train-head", "evl_decoder", "--store", store, "--out", run, "--set", "epochs=1", "--quiet")[0] == 0
+    )
+    video = FeatureStore.open(store).ids[0]
+    code, out = coldframe("attention", run, "--store", store, "--video", video, "--out", picture, "--json")
+    assert (code, json.loads(out)["video_id"]) == (0, video)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert coldframe("attention", run, "--store", store, "--video", "nobody", "--out", picture)[0] == 2
+
+
 @pytest.mark.parametrize("metric", ["mean_cosine", "otam", "bi_mhm"])
 def test_few_shot_repeats_to_the_digit(metric: str, folder: Path, store: Path) -> None:
     command = ("eval", "few_shot", "--store", store, "--head", "prototypes", "--metric", metric, "--split", "train",

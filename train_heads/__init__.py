@@ -6,7 +6,7 @@
     loop.py       fit(): one plain loop            alignment.py, token_functions.py, reach.py: likewise
     run.py        one head in training             training_data.py, episodic.py: what is trained on
     optim.py      AdamW, learning rate             run_folder.py, checkpoint.py: what is on disk
-    sweep.py      many settings side by side       predictor.py   a head at work
+    sweep.py      many settings side by side       predictor.py, pictures.py: a head at work, where it looked
 
 Evaluation is a stranger to this stage: `Predictor` fits what it asks for, and cli.py joins the two.
 """
