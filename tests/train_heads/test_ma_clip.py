@@ -224,7 +224,8 @@ def test_a_video_is_computed_once_in_each_role(reach, monkeypatch):
 @pytest.mark.parametrize("shots", ["proto_mean", "dist_mean"])
 def test_any_metric_and_shots_are_a_set(metric, shots):
     head, e = build(reach=-2, metric=metric, shots=shots), episodes(bank_of(-2))
-    logits, close = scores(head, e), {"atol": 1e-4, "rtol": 1e-4}
+    logits = scores(head, e)
+    close: Any = {"atol": 1e-4, "rtol": 1e-4}
     assert logits.shape == (3, 3, 3)
     torch.testing.assert_close(scores(head, replace(e, support=e.support.flip(-1))), logits, **close)
     one = scores(head, replace(e, support=e.support[..., :1]))
