@@ -451,8 +451,9 @@ def train_head(
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: checkpoint, settings, history.", **LOCAL)],
     manifest: ManifestFile = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="A recipe: TOML with [head], [train], [episodes].")
+        str | None, typer.Option("--config", help="A recipe: a TOML file, or a name of `coldframe recipes`.")
     ] = None,
+    is_short: Annotated[bool, typer.Option("--short", help="The recipe's short form, for the demo's clips.")] = False,
     sets: Annotated[list[str] | None, typer.Option("--set", help="One setting, key=value; may be repeated.")] = None,
     templates: Templates = None,
     device: Device = "auto",
@@ -463,7 +464,7 @@ def train_head(
     from coldframe.train_heads import settings, train
 
     opened = open_store(store)
-    asked = settings(head, config, sets or [])
+    asked = settings(head, *recipe_file(config, is_short, sets or []))
     checkpoint = train(
         opened,
         open_manifest(manifest, opened),
@@ -477,6 +478,60 @@ def train_head(
         quiet=quiet,
     )
     show(checkpoint.to_json(), f"{checkpoint.describe()}\nwritten to {out}", as_json)
+
+
+@app.command(
+    "import-checkpoint",
+    **about(
+        "Make a run of a published checkpoint.",
+        "import-checkpoint evl_decoder evl_b16.pth --store store --out runs/evl",
+    ),
+)
+def import_checkpoint(
+    system: Annotated[str, typer.Argument(help="The head: evl_decoder, continuous_prompts, ez_clip, m2_clip.")],
+    file: Annotated[Path, typer.Argument(help="The authors' file, or safetensors of the same tensors.", **LOCAL)],
+    store: Store,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.", **LOCAL)],
+    manifest: ManifestFile = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names in the order of the published labels, one a line.", **LOCAL)
+    ] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A setting no tensor tells, key=value.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take the trained part of a file of the authors' code, compare its CLIP with the store's, write a run.
+
+    Nothing in the file is run as code. Class names come from --classes, or else from the manifest.
+    """
+    from coldframe.train_heads import import_checkpoint as convert
+    from coldframe.train_heads import settings
+
+    opened = open_store(store)
+    labels = None if classes else open_manifest(manifest, opened)
+    class_names = labels.class_names if labels else read_lines(classes)
+    config = settings(system, None, sets or []).head
+    made_for = labels.fingerprint if labels else ""
+    checkpoint = convert(system, file, opened, class_names, config, out, made_for)
+    show(checkpoint.to_json(), f"{checkpoint.describe()}\nwritten to {out}", as_json)
+
+
+@app.command(
+    "export-checkpoint",
+    **about("Write a run as its authors' code reads it.", "export-checkpoint runs/evl --out evl.pth"),
+)
+def export_checkpoint(
+    run: Annotated[Path, typer.Argument(help="A run of train-head.", **LOCAL)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file: .safetensors, or of torch.save.", **LOCAL)],
+    as_json: Json = False,
+) -> None:
+    """Write a run under the names of the published system's own checkpoints."""
+    from coldframe.train_heads import export_checkpoint as convert
+    from coldframe.train_heads import load_checkpoint
+
+    checkpoint = load_checkpoint(run)
+    written = convert(checkpoint, out)
+    facts = {"head": checkpoint.head, "file": str(out), "tensors": written}
+    show(facts, f"{len(written)} tensors of {checkpoint.head} written to {out}", as_json)
 
 
 @app.command(
@@ -555,6 +610,33 @@ def heads(as_json: Json = False) -> None:
         f"{name:<{width}}  {', '.join(row['needs'])}\n{'':<{width}}  {row['source']}" for name, row in rows.items()
     ]
     show(rows, "\n".join(lines), as_json)
+
+
+@app.command(**about("Published results and how to get them.", "recipes evl_k400_b16_8f"))
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One of them: its source, its settings, what to type.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes; of one, say what was published where, and the commands from videos to the number."""
+    from dataclasses import asdict
+
+    from coldframe.train_heads.recipes import find, names
+
+    if name is None:
+        found = [find(each) for each in names()]
+        width = max(len(recipe.name) for recipe in found)
+        lines = [f"{recipe.name:{width}}  {recipe.title}" for recipe in found]
+        show([asdict(recipe) for recipe in found], "\n".join(lines), as_json)
+        return
+    recipe = find(name)
+    published = f"{recipe.hardware}{f', {recipe.minutes:g} minutes' if recipe.minutes else ''}"
+    facts = f"{recipe.title}\n  source    {recipe.source}\n  hardware  {published}\n"
+    note = f"  differs   {recipe.note}\n" if recipe.note else ""
+    show(
+        asdict(recipe) | {"commands": recipe.commands()},
+        "\n".join([f"{facts}{note}  settings  {recipe.path}", *recipe.commands()]),
+        as_json,
+    )
 
 
 @app.command(**about("Print the table of results.", "results results.jsonl"))
@@ -649,6 +731,9 @@ def doctor(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Everything goes here.", **LOCAL)] = Path("demo"),
     clips: Annotated[int, typer.Option(help="Clips of each motion class.", min=40)] = 60,
+    systems: Annotated[
+        bool, typer.Option("--systems", help="Also train the published systems, for unseen classes and few shots too.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw a small video set, extract it, train heads, evaluate: the whole program on one screen.
@@ -656,24 +741,58 @@ def demo(
     The clips are real H.264 files of moving shapes. The motion classes show the same places in another order, so that a
     head that averages frames cannot tell them apart.
     """
-    motion, shape = draw_demo(out, clips, quiet)
-    store, table = out / "store", out / "results.jsonl"
+    lists = draw_demo(out, clips, quiet)
+    store, table, flag = out / "store", out / "results.jsonl", " --quiet" if quiet else ""
     table.unlink(missing_ok=True)
     trained = ("linear_probe", "temporal_transformer", "evl_decoder")
-    flag = " --quiet" if quiet else ""
-    run_line(f"extract {motion} --store {store} --model coldframe-tiny --for mean_pool,{','.join(trained)}{flag}")
-    run_line(f"eval closed_set --store {store} --manifest {motion} --head mean_pool --results {table}")
+    needed = f"--for mean_pool,{','.join(trained)}"
+    needed += " --features tokens.2,summary.-2" if systems else ""
+    run_line(f"extract {lists['motion']} --store {store} --model coldframe-tiny {needed}{flag}")
+
+    def score(protocol: str, data: str, what: str) -> None:
+        run_line(f"eval {protocol} --store {store} --manifest {lists[data]} {what} --results {table}")
+
+    def train(head: str, data: str, sets: str) -> str:
+        run = out / "runs" / f"{head}-{data}"
+        options = "".join(f" --set {each}" for each in sets.split())
+        run_line(f"train-head {head} --store {store} --manifest {lists[data]} --out {run}{options}{flag}")
+        return f"--checkpoint {run}"
+
+    score("closed_set", "motion", "--head mean_pool")
     for head in trained:
-        epochs = 12 if head == "evl_decoder" else 30
-        options = f"--manifest {motion} --out {out / 'runs' / head} --set epochs={epochs}{flag}"
-        run_line(f"train-head {head} --store {store} {options}")
-        run_line(
-            f"eval closed_set --store {store} --manifest {motion} --checkpoint {out / 'runs' / head} --results {table}"
-        )
-    run_line(f"eval zero_shot --store {store} --manifest {shape} --head mean_pool --templates photo --results {table}")
+        score("closed_set", "motion", train(head, "motion", f"epochs={12 if head == 'evl_decoder' else 30}"))
+    score("zero_shot", "shape", "--head mean_pool --templates photo")
     for shot in (1, 5):
-        run_line(f"eval few_shot --store {store} --manifest {shape} --head prototypes --shot {shot} --results {table}")
+        score("few_shot", "shape", f"--head prototypes --shot {shot}")
+    if systems:
+        for head, sets in DEMO_SYSTEMS.items():
+            score("closed_set", "motion", train(head, "motion", sets))
+        score("zero_shot", "novel", "--head mean_pool")
+        for head, sets in DEMO_ZERO_SHOT.items():
+            score("zero_shot", "novel", train(head, "base", sets))
+        score("few_shot", "held", "--head prototypes --metric mean_cosine --way 4")
+        score("few_shot", "held", "--head prototypes --way 4")
+        for head, sets in DEMO_FEW_SHOT.items():
+            score("few_shot", "held", f"{train(head, 'held', sets)} --way 4")
     run_line(f"results {table}")
+
+
+# What the published systems are trained with on the demo's clips: the two upper blocks of four, from their tokens.
+DEMO_SYSTEMS = {
+    "continuous_prompts": "prefix=4 postfix=4 layers=1 lr=1e-3 epochs=30",
+    "ez_clip": "reach=2 lr=1e-3 epochs=20",
+    "m2_clip": "reach=2 bottleneck=64 lr=1e-3 epochs=20",
+}
+DEMO_ZERO_SHOT = {
+    "continuous_prompts": "prefix=4 postfix=4 layers=0 lr=1e-3 epochs=20",
+    "ez_clip": "reach=-2 compact=true lr=3e-4 epochs=10",
+    "m2_clip": "reach=-2 bottleneck=64 lr=3e-4 epochs=10",
+}
+DEMO_FEW_SHOT = {
+    "trx": "n_way=4 n_query=1 epochs=5",
+    "clip_fsar": "n_way=4 n_query=1 epochs=5",
+    "ma_clip": "reach=2 n_way=4 n_query=1 epochs=5",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -704,10 +823,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
 
-def draw_demo(out: Path, clips: int, quiet: bool) -> tuple[Path, Path]:
-    """Write the demo's clips, and two manifests of them: one labels by motion, the other by shape."""
+def draw_demo(out: Path, clips: int, quiet: bool) -> dict[str, Path]:
+    """Write the demo's clips, and manifests of them: labelled by motion or by shape, all or a part of the classes."""
     from coldframe.data_manifests import Manifest, VideoRecord
-    from coldframe.data_manifests.drawn import MOTIONS, SHAPES, plan_clips
+    from coldframe.data_manifests.drawn import BASE_SHAPES, HELD_MOTIONS, MOTIONS, NOVEL_SHAPES, SHAPES, plan_clips
     from coldframe.extract.frames import write_video
     from coldframe.extract.progress import Progress
 
@@ -717,10 +836,24 @@ def draw_demo(out: Path, clips: int, quiet: bool) -> tuple[Path, Path]:
             if not (out / "videos" / clip.path).exists():
                 write_video(out / "videos" / clip.path, clip.draw(), fps=12)
             progress.update()
-    for name, classes, label in (("motion", MOTIONS, lambda c: c.motion), ("shape", SHAPES, lambda c: c.shape)):
-        records = tuple(VideoRecord(clip.path, clip.path, classes.index(label(clip)), clip.split) for clip in plan)
-        Manifest(name, str((out / "videos").resolve()), tuple(classes), records).write(out / f"{name}.csv")
-    return out / "motion.csv", out / "shape.csv"
+
+    def write(name: str, classes: Sequence[str], label: str, split: Callable[[Any], str]) -> Path:
+        records = [
+            VideoRecord(clip.path, clip.path, classes.index(getattr(clip, label)), split(clip))
+            for clip in plan
+            if getattr(clip, label) in classes
+        ]
+        path = out / f"{name}.csv"
+        Manifest(name, str((out / "videos").resolve()), tuple(classes), tuple(records)).write(path)
+        return path
+
+    return {
+        "motion": write("motion", MOTIONS, "motion", lambda clip: clip.split),
+        "shape": write("shape", SHAPES, "shape", lambda clip: clip.split),
+        "base": write("base", BASE_SHAPES, "shape", lambda clip: clip.split),
+        "novel": write("novel", NOVEL_SHAPES, "shape", lambda clip: "test"),
+        "held": write("held", MOTIONS, "motion", lambda clip: "test" if clip.motion in HELD_MOTIONS else "train"),
+    }
 
 
 def run_line(line: str) -> None:
@@ -781,6 +914,26 @@ def wanted_features(features: str, heads: str) -> list[str]:
         spec = find(head)
         wanted += spec.features(spec.config())
     return wanted or ["embedding", "cls.-1"]
+
+
+def recipe_file(config: str | None, is_short: bool, sets: list[str]) -> tuple[Path | None, list[str]]:
+    """The file that --config means, a recipe's where no such file is there, and the settings that go over it."""
+    from coldframe.train_heads.recipes import find, names
+
+    if config is None or (not is_short and (Path(config).exists() or config not in names())):
+        return (Path(config) if config else None), sets
+    recipe = find(config)
+    return recipe.path, [*(recipe.short_sets if is_short else []), *sets]
+
+
+def read_lines(file: Path | None) -> tuple[str, ...]:
+    """The lines of a text file that are not blank."""
+    assert file is not None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def split_list(text: str) -> list[str]:

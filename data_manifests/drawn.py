@@ -44,6 +44,10 @@ NOVEL_SHAPES = ("diamond", "heart", "bow", "moon", "drop", "arrow")
 SHAPES = BASE_SHAPES + NOVEL_SHAPES
 STARTS = ("top", "right", "bottom", "left")  # clockwise
 MOTIONS = tuple(f"{way} from the {start}" for way in ("clockwise", "counter-clockwise") for start in STARTS)
+# Kept for few-shot episodes: two of each way round, so that neither the start nor the way alone tells them apart.
+HELD_MOTIONS = tuple(
+    f"{way} from the {start}" for way, start in zip(("clockwise", "counter-clockwise") * 2, STARTS, strict=True)
+)
 SPLITS = {"train": 0.6, "val": 0.15, "test": 0.25}
 MAX_TILT = math.radians(20)  # more would turn a square into a diamond
 

@@ -186,11 +186,14 @@ class Tower:
         for block in self.visual.transformer.resblocks if self.has_tokens else [self.visual]:
             block.compile()
 
-    @torch.no_grad()
-    def start(self, pixels: Tensor) -> Tensor:
-        """Patch embedding to ln_pre: uint8 pixels [..., 3, S, S] → tokens.0 [..., 1+N, D], which nothing can train."""
+    def start(self, pixels: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Patch embedding to ln_pre: uint8 pixels [..., T, 3, S, S] → tokens.0 [..., T, 1+N, D].
+
+        Args:
+            offset: [T, D], added to all tokens of a frame before ln_pre, and trained where it has a gradient.
+        """
         self._need_tokens("tokens.0")
-        tokens = self._embed(self.normalise(pixels.flatten(0, -4)))
+        tokens = self._embed(self.normalise(pixels.flatten(0, -4)), offset)
         return tokens.unflatten(0, pixels.shape[:-3])
 
     def resume(
@@ -305,10 +308,18 @@ class Tower:
         with self._autocast(False):
             return torch.cat([self.model.encode_text(ids.to(self.device), normalize=False) for ids in chunks])
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, offset: Tensor | None = None) -> Tensor:
         """Patch embedding, class token, positions and ln_pre: images [F, 3, S, S] → tokens.0 [F, 1+N, D]."""
+        visual = self.visual
         with self._autocast(False):
-            return self.visual._embeds(images)
+            if offset is None:
+                return visual._embeds(images)
+            with torch.no_grad():
+                patches = rearrange(visual.conv1(images), "f d h w -> f (h w) d")
+                tokens = torch.cat([visual.class_embedding.expand(len(images), 1, -1), patches], dim=1)
+                tokens = tokens + visual.positional_embedding
+            shifted = rearrange(tokens, "(b t) s d -> b t s d", t=len(offset)) + rearrange(offset, "t d -> t 1 d")
+            return visual.ln_pre(shifted.flatten(0, 1))
 
     def _blocks(self, x: Tensor, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, tokens.<k>) for k = start … stop, given tokens.<start>."""

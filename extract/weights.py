@@ -1,7 +1,7 @@
 """Weights of a file, whatever wrote it, without running code from it.
 
-Knows safetensors, `torch.save` of a state dict, training checkpoints with a "state_dict", the `module.` prefix of
-data-parallel training, and OpenAI's TorchScript archives.
+Knows safetensors, `torch.save` of a state dict, training checkpoints that hold one beside the optimiser's, the `module.`
+prefix of data-parallel training, and OpenAI's TorchScript archives.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from ..data_manifests.errors import ColdframeError
 
 # Plain numbers that OpenAI's own exporter leaves between the weights.
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+# Where training checkpoints keep the weights.
+CONTAINERS = ("state_dict", "model_state_dict", "model")
 
 
 class TowerError(ColdframeError, ValueError):
@@ -56,7 +59,8 @@ def read_weights(path: Path) -> Weights:
         ) from error
     except Exception as error:  # damage in a pickle can fail at any line of the unpickler: struct.error, KeyError, …
         raise TowerError(f"{path} cannot be read as weights: {first_line(error)}") from error
-    found = found.get("state_dict", found) if isinstance(found, Mapping) else {}
+    found = found if isinstance(found, Mapping) else {}
+    found = next((found[key] for key in CONTAINERS if isinstance(found.get(key), Mapping)), found)
     is_openai = is_openai or any(name in found for name in OPENAI_EXTRAS)
     tensors = {name: value for name, value in found.items() if name not in OPENAI_EXTRAS}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):

@@ -7,6 +7,7 @@
     run.py        one head in training             training_data.py, episodic.py: what is trained on
     optim.py      AdamW, learning rate             run_folder.py, checkpoint.py: what is on disk
     sweep.py      many settings side by side       predictor.py, pictures.py: a head at work, where it looked
+    official.py   checkpoints of the authors' code recipes/       published results as settings
 
 Evaluation is a stranger to this stage: `Predictor` fits what it asks for, and cli.py joins the two.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .loop import fit
+from .official import export_checkpoint, import_checkpoint
 from .pipeline import Job, train, train_together, untrained
 from .predictor import Predictor
 from .run import DivergedError, Run
@@ -37,7 +39,9 @@ __all__ = [
     "Run",
     "Settings",
     "TrainSpec",
+    "export_checkpoint",
     "fit",
+    "import_checkpoint",
     "load_checkpoint",
     "settings",
     "train",

@@ -46,8 +46,7 @@ def build_head(
     spec = find(name)
     store.require(needed_features(name, config, store), wanted_by=name)
     tower = tower or frozen_tower(store.spec.tower, device)
-    n_frames = store.spec.frames.n_frames or store.longest
-    context = HeadContext(store.shape, n_frames, tuple(class_names), tower, tuple(trained_names))
+    context = head_context(store, class_names, tower, trained_names)
     with own_randomness(device):
         reseed(device, seed)
         head = spec.build(config, context)
@@ -56,6 +55,14 @@ def build_head(
         templates = (templates,) if isinstance(templates, str) and "{}" in templates else templates
         text = encode_classes(tower(), class_names, templates, cache_dir=store.path / "text").to(device)
     return head.to(device), text
+
+
+def head_context(
+    store: FeatureStore, class_names: Sequence[str], tower: Callable[[], Tower], trained_names: Sequence[str] = ()
+) -> HeadContext:
+    """What a head of this store's features may know when it is built."""
+    n_frames = store.spec.frames.n_frames or store.longest
+    return HeadContext(store.shape, n_frames, tuple(class_names), tower, tuple(trained_names))
 
 
 def needed_features(name: str, config: Any, store: FeatureStore) -> tuple[str, ...]:

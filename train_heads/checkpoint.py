@@ -74,6 +74,8 @@ class Checkpoint:
 
     def describe(self) -> str:
         """Short text for people."""
+        if not self.n_train:
+            return f"{self.head}, {len(self.class_names)} classes, weights as published"
         missing = f", {self.n_missing} missing from the store" if self.n_missing else ""
         classes, scored = self.class_names, f"{self.n_val} {self.selection} videos"
         if self.episodes is not None:
@@ -126,7 +128,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
     """Write a checkpoint to a folder, whole or not at all; returns it with fingerprint, commit and versions."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.weights.items()}
-    data = safetensors.torch.save(tensors)
+    data = as_safetensors(tensors)
     checkpoint = dataclasses.replace(
         checkpoint,
         weights=tensors,
@@ -256,6 +258,11 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor], head: str) -> None:
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
     return f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
+
+
+def as_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as a file of safetensors holds them."""
+    return safetensors.torch.save(dict(tensors))
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

@@ -47,9 +47,12 @@ class Reach:
         kind = reached_feature(reach).partition(".")[0]
         return cls(layer, shape.layers - layer, "pixels" if kind == "pixels" else f"{kind}.{layer}")
 
-    def tokens(self, batch: FeatureBatch, tower: Tower) -> Tensor:
-        """tokens.<layer> of a batch, [B, T, 1+N, D]; of a reach of -1 the class token alone, [B, T, 1, D]."""
+    def tokens(self, batch: FeatureBatch, tower: Tower, offset: Tensor | None = None) -> Tensor:
+        """tokens.<layer> of a batch, [B, T, 1+N, D]; of a reach of -1 the class token alone, [B, T, 1, D].
+
+        From pixels an `offset` [T, D] may be added to the tokens of each frame before ln_pre.
+        """
         if self.feature == "pixels":
-            return tower.start(batch["pixels"])
+            return tower.start(batch["pixels"], offset)
         found = batch[self.feature]
         return rearrange(found, "b t d -> b t 1 d") if self.feature.startswith("cls.") else found

@@ -17,7 +17,7 @@ from ..data_manifests.errors import ConfigError, UnknownName
 from .heads import find
 from .specs import EpisodeTraining, TrainSpec
 
-OTHER_TABLES = ("features", "protocol")  # of the same file, for the other stages
+OTHER_TABLES = ("recipe", "extract", "features", "protocol", "short")  # of the same file, for others
 
 Spec = TypeVar("Spec")
 

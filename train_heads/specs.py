@@ -53,6 +53,9 @@ class Official:
 
     read: Callable[[Mapping[str, Tensor], HeadContext, Any], tuple[Any, dict[str, Tensor]]]
     write: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]
+    container: str = "model"  # the key of their file under which the weights lie
+    prefix: str = ""  # before every name, left by data-parallel training
+    clip: str | None = None  # prefix of the frozen CLIP, where their files hold it too
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,20 @@ def test_the_whole_pass_is_what_extraction_computes(tower: Tower, pixels: Tensor
     torch.testing.assert_close(embedding.flatten(0, 1), wanted["embedding"], atol=1e-5, rtol=1e-5)
 
 
+def test_frames_may_be_shifted_before_the_first_norm(tower: Tower, pixels: Tensor) -> None:
+    start = tower.start(pixels)
+    offset = torch.zeros(3, tower.shape.width, requires_grad=True)
+    torch.testing.assert_close(tower.start(pixels, offset), start, atol=1e-6, rtol=1e-6)
+    shift = torch.linspace(-1, 1, tower.shape.width)
+    moved = tower.start(pixels, offset + torch.stack([0 * shift, shift, 0 * shift]))
+    assert torch.allclose(moved[:, 0], start[:, 0], atol=1e-6)
+    assert (moved[:, 1] - start[:, 1]).abs().mean() > 0.1
+    moved[:, 1].square().sum().backward()
+    assert offset.grad is not None
+    assert offset.grad[1].any()
+    assert not offset.grad[2].any()
+
+
 def test_the_class_token_alone_is_the_same_class_token(tower: Tower, tokens: Tensor) -> None:
     inserts = [Scaled(tower.shape.width) for _ in range(2)]
     whole = tower.resume(tokens, 2, inserts=inserts)

@@ -43,6 +43,26 @@ def store(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Itera
     yield write_store(tmp_path_factory.mktemp("stores") / "toy", spec, tower.shape, names, manifest)
 
 
+@pytest.fixture(scope="session")
+def full_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FeatureStore]:
+    """Eight videos of three classes, four frames of noise each, with all that the tower makes of them, float32."""
+    tower = load_tower("coldframe-tiny", "random", device="cpu")
+    records = [VideoRecord(f"{n}.mp4", f"{n}.mp4", n % 3, "test" if n > 5 else "train") for n in range(8)]
+    manifest = Manifest("noise", "/nowhere", CLASSES, tuple(records))
+    layers, side = tower.shape.layers, tower.spec.transform.size_px
+    names = ("pixels", "embedding", *(f"{kind}.{k}" for kind in ("cls", "tokens") for k in range(layers + 1)))
+    spec = FeatureSpec(FrameSpec(n_frames=4), tower.spec, dtype="float32")
+    rng, path = np.random.default_rng(1), tmp_path_factory.mktemp("stores") / "full"
+    with FeatureWriter.open(path, spec, tower.shape, names, manifest) as writer:
+        builder = writer.begin_shard(list(manifest.ids))
+        for video_id in manifest.ids:
+            pixels = rng.integers(0, 256, (4, 3, side, side), dtype=np.uint8)
+            features = tower.encode_frames(pixels, names)
+            builder.add(video_id, {name: value.numpy() for name, value in features.items()}, DECODED)
+        builder.commit()
+    yield FeatureStore.open(path)
+
+
 def write_store(path: Path, spec, shape, names, manifest) -> FeatureStore:
     rng = np.random.default_rng(0)
     sizes = {name: feature_shape(name, shape, spec.tower.transform.size_px) for name in names}

@@ -296,5 +296,5 @@ HEAD = HeadSpec(
     needs=lambda config: ("embedding", "names"),
     tasks=frozenset({"classify"}),
     source="Efficient-Prompt, Ju et al. 2022, arXiv:2112.04478",
-    official=Official(_read, _write),
+    official=Official(_read, _write, container="state_dict", clip="clipmodel."),
 )

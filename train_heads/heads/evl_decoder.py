@@ -302,5 +302,5 @@ HEAD = HeadSpec(
     needs=lambda config: config.tokens,
     tasks=frozenset({"classify"}),
     source="EVL, Lin et al. 2022, arXiv:2208.03550, §3.2 and §3.3",
-    official=Official(_read, _write),
+    official=Official(_read, _write, prefix="module."),
 )

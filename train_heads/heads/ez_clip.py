@@ -53,6 +53,7 @@ class Config:
         False  # the frozen attention along time at every place, with an adapter, instead of prompts
     )
     adapter_ratio: int = 4  # width of a tower over that of its adapters' bottlenecks
+    temporal_embedding: bool = False  # a frozen shift of each frame before ln_pre, of files in which it is not zero
     motion_weight: float = 1.0
     drop_path: float = 0.1  # of the last block's branches; in the first none are dropped
     prompt_dropout: float = 0.1
@@ -73,6 +74,8 @@ class Config:
                 seen=f"reach={self.reach}, temporal_adapters={str(self.temporal_adapters).lower()}",
                 wanted="reach=-2 and prompts",
             )
+        if self.temporal_embedding and self.reach != 0:
+            raise ConfigError("frames are shifted before the first block", seen=f"reach={self.reach}", wanted="reach=0")
         if self.adapter_ratio < 1:
             raise ConfigError("impossible adapter_ratio", seen=self.adapter_ratio, wanted="at least 1")
         if self.motion_weight < 0:
@@ -100,12 +103,16 @@ class EZCLIP(nn.Module):
     """Both towers with what is put into them; classes are scored by the cosine of video and text."""
 
     uses_class_names = True
+    offset: Tensor | None
 
     def __init__(self, config: Config, context: HeadContext) -> None:
         super().__init__()
         shape = context.shape
         self.config, self.tower = config, context.tower()
         self.reach = Reach.of(config.reach, shape)
+        self.register_buffer(
+            "offset", torch.zeros(context.n_frames, shape.width) if config.temporal_embedding else None
+        )
         n_rates = max(shape.layers, shape.text_layers)
         rates = torch.linspace(0, config.drop_path, n_rates).tolist()
         self.image = nn.ModuleList(
@@ -137,7 +144,7 @@ class EZCLIP(nn.Module):
         if self.config.compact:
             return self.tower.project(self._last_block(batch))
         tokens = self.tower.resume(
-            self.reach.tokens(batch, self.tower),
+            self.reach.tokens(batch, self.tower, self.offset),
             self.reach.layer,
             inserts=self.image,
             mask=batch.mask,
@@ -248,14 +255,14 @@ def read_official(
 ) -> tuple[Config, dict[str, Tensor]]:
     """A published checkpoint without its CLIP, under our names; see `Official`."""
     weights = dict(weights)
-    if (table := weights.pop(POSITIONS, None)) is not None and table.any():
-        raise SpecMismatch(f"{POSITIONS} is not zero; published ones are, and nothing here has its place")
+    offset = weights.pop(POSITIONS, None)
     prompts = weights.pop(PROMPTS, None)
     config = replace(
         config,
         reach=0,
         compact=False,
         prompts=prompts is not None,
+        temporal_embedding=offset is not None and bool(offset.any()),
         deep=config.deep if prompts is None else len(prompts) == context.shape.layers,
         temporal_adapters=any(".T_Adapter." in name for name in weights),
     )
@@ -264,6 +271,8 @@ def read_official(
     hidden, width = state["image.0.adapter.down.weight"].shape
     for i, prompt in enumerate(() if prompts is None else prompts):
         state[f"image.{i}.prompt"] = stretched(prompt.float(), context.n_frames)
+    if config.temporal_embedding and offset is not None:
+        state["offset"] = stretched(offset[0].float(), context.n_frames)
     return replace(config, adapter_ratio=width // hidden), state
 
 
@@ -283,7 +292,7 @@ def write_official(config: Config, state: Mapping[str, Tensor]) -> dict[str, Ten
     prompts = [state[f"image.{i}.prompt"] for i in range(layers) if f"image.{i}.prompt" in state]
     if prompts:
         weights[PROMPTS] = torch.stack(prompts)
-        weights[POSITIONS] = torch.zeros_like(weights[PROMPTS][:1])
+        weights[POSITIONS] = state["offset"][None] if "offset" in state else torch.zeros_like(weights[PROMPTS][:1])
     return weights
 
 
@@ -310,5 +319,5 @@ HEAD = HeadSpec(
     needs=lambda config: (config.feature, "names"),
     tasks=frozenset({"classify"}),
     source="EZ-CLIP, Ahmad et al. 2023, arXiv:2312.08010",
-    official=Official(read_official, write_official),
+    official=Official(read_official, write_official, container="model_state_dict", clip=""),
 )
