@@ -781,12 +781,12 @@ def demo(
 DEMO_SYSTEMS = {
     "continuous_prompts": "prefix=4 postfix=4 layers=1 lr=1e-3 epochs=30",
     "ez_clip": "reach=2 lr=1e-3 epochs=20",
-    "m2_clip": "reach=2 bottleneck=64 lr=1e-3 epochs=20",
+    "m2_clip": "reach=2 width=64 lr=1e-3 epochs=20",
 }
 DEMO_ZERO_SHOT = {
     "continuous_prompts": "prefix=4 postfix=4 layers=0 lr=1e-3 epochs=20",
     "ez_clip": "reach=-2 compact=true lr=3e-4 epochs=10",
-    "m2_clip": "reach=-2 bottleneck=64 lr=3e-4 epochs=10",
+    "m2_clip": "reach=-2 width=64 lr=3e-4 epochs=10",
 }
 DEMO_FEW_SHOT = {
     "trx": "n_way=4 n_query=1 epochs=5",

@@ -24,7 +24,7 @@ from typing import Any
 LAYERS, GRID, WIDTH, SIDE = 4, 64, 128, 64  # coldframe-tiny: blocks, patches, width, pixels
 METHODS = {
     "ez_clip": ["lr=1e-3", "epochs=20"],
-    "m2_clip": ["lr=1e-3", "epochs=20", "bottleneck=64"],
+    "m2_clip": ["lr=1e-3", "epochs=20", "width=64"],
 }
 LABELS = {"ez_clip": "EZ-CLIP", "m2_clip": "M2-CLIP"}
 

