@@ -2,7 +2,7 @@
 
 Source: M2-CLIP, Wang et al. 2024, arXiv:2401.11649.
 Differs: adapters add nothing at first (`init = "original"` is the published draw, which does). What the blocks below the
-    first adapter say of the sentences is a constant and is kept; so is what the last block's attention says of their ends,
+    first adapter say of a sentence is a constant and is kept; so is what the last block's attention says of its end,
     where that block alone is adapted and only before its MLP. Sentences end with the longest: the tower is causal.
 """
 
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..extract.blocks import Block, Insert
+from ..extract.text_tower import TextTower
 from ..extract.towers import TEXTS_AT_ONCE, Tower
 from .class_texts import Kept, up_to_the_longest
 from .layers import Adapter
 
 INITS = ("identity", "original")
+KEPT_BYTES = 2**29  # of streams of sentences that come again; of ViT-B/16, some 18,000 sentences of 14 tokens
 
 
 class TextInsert(Insert):
@@ -90,6 +92,7 @@ class AdaptedSentences(nn.Module):
         self.register_buffer("frozen", frozen, persistent=False)  # [C, E]
         self.register_buffer("share", shares, persistent=False)
         self._kept = Kept(self)
+        self._others = KeptStreams(self.tower, self.below)
 
     def forward(self) -> Tensor:
         """Embeddings of the sentences [C, E], of length one where a part is frozen.
@@ -104,7 +107,8 @@ class AdaptedSentences(nn.Module):
 
     def read(self, ids: Tensor) -> Tensor:
         """Other sentences, token ids [B, S], up to the last block: [B, S, D_t]."""
-        return self.tower.resume(self.tower.embed(ids), inserts=self.inserts, checkpoint=self.checkpoint)
+        stream = self._others(ids) if self.below else self.tower.embed(ids)
+        return self.tower.resume(stream, self.below, inserts=self.inserts, checkpoint=self.checkpoint)
 
     def _adapted(self) -> Tensor:
         """The embeddings as the inserts have them, [C, E]."""
@@ -116,12 +120,43 @@ class AdaptedSentences(nn.Module):
         return self.tower.project(stream, self.ends)
 
     def _constant(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What no insert changes: the stream [C, S, D_t] below the first of them; or of ends alone [C, 1, D_t], with what
-        the last block's attention adds to it.
+        """What no insert changes of token ids [C, S]: the stream below the first of them, and what attention adds to it.
+
+        Returns:
+            Of ends alone both [C, 1, D_t]; else [C, S, D_t] and nothing, [C, 0, D_t].
         """
         stream = self.tower.resume(self.tower.embed(ids), to_layer=self.below)
         if not self.reads_ends_alone:
             return stream, stream[:, :0]
         attended = self.tower.block(self.tower.layers).attend(stream)
-        ends = torch.arange(len(ids)), ids.argmax(dim=-1)
+        ends = torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)
         return rearrange(stream[ends], "c d -> c 1 d"), rearrange(attended[ends], "c d -> c 1 d")
+
+
+class KeptStreams:
+    """What the frozen blocks of a text tower say of sentences that come again and again: each is read once."""
+
+    def __init__(self, tower: TextTower, to_layer: int) -> None:
+        self.tower, self.to_layer = tower, to_layer
+        self._streams: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Token ids [B, S] -> the stream behind the last of those blocks [B, S, D_t], in float32."""
+        rows = [tuple(row) for row in ids.tolist()]
+        for row in dict.fromkeys(rows):
+            kept = self._streams.pop(row, None)
+            if kept is None or kept.device != ids.device:
+                kept = self._read(row, ids.device)
+            self._streams[row] = kept  # behind those that came earlier
+        streams = torch.stack([self._streams[row] for row in rows])
+        while len(self._streams) * streams[0].nbytes > KEPT_BYTES:
+            del self._streams[next(iter(self._streams))]
+        return streams
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _read(self, row: tuple[int, ...], device: torch.device) -> Tensor:
+        # Alone: with others its last bits would depend on theirs, and a run that was resumed would end otherwise.
+        ids = torch.tensor([row], device=device)
+        with torch.autocast(device.type, enabled=False):
+            return self.tower.resume(self.tower.embed(ids), to_layer=self.to_layer)[0]

@@ -214,9 +214,12 @@ def test_from_the_middle_it_is_the_same_as_from_pixels(build, batch, layer, plac
         module.reach = reach
         output = module(batch)
         output.logits.square().sum().backward()
-        outputs[feature] = (output.logits.detach(), [p.grad for p in module.visual.parameters() if p.grad is not None])
+        outputs[feature] = (
+            output.embedding.detach(),
+            [p.grad for p in module.visual.parameters() if p.grad is not None],
+        )
     for feature in ("pixels", "tokens.0"):
-        torch.testing.assert_close(outputs[feature][0], outputs[f"tokens.{layer}"][0], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(outputs[feature][0], outputs[f"tokens.{layer}"][0], **EXACT)
         for grad, expected in zip(outputs[feature][1], outputs[f"tokens.{layer}"][1], strict=True):
             torch.testing.assert_close(grad, expected, atol=1e-4 * float(expected.abs().max() + 1), rtol=1e-4)
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from coldframe.extract.towers import Tower, load_tower
-from coldframe.train_heads.text_adapters import AdaptedSentences, TextInsert
+from coldframe.train_heads import text_adapters
+from coldframe.train_heads.text_adapters import AdaptedSentences, KeptStreams, TextInsert
 
 SENTENCES = ("a video of a red disc", "a square")
 
@@ -72,3 +73,33 @@ def test_a_share_of_the_frozen_embedding(build, tower):
 
 def test_nothing_frozen_is_remembered(build):
     assert set(build().state_dict()) == {name for name, _ in build().named_parameters()}
+
+
+def test_a_sentence_that_comes_again_is_not_read_again(tower, monkeypatch):
+    """And its bits do not depend on what came with it, so that a resumed run ends as one that was not interrupted."""
+    ids = tower.tokenize([*SENTENCES, SENTENCES[0]])
+    read, calls = tower.text.embed, []
+    monkeypatch.setattr(tower.text, "embed", lambda row: calls.append(1) or read(row))
+    streams = KeptStreams(tower.text, 1)
+    first, again = streams(ids), streams(ids[[1, 0]])
+    assert len(calls) == 2
+    assert torch.equal(again, first[[1, 2]])
+    assert torch.equal(KeptStreams(tower.text, 1)(ids[:1]), first[:1])
+    torch.testing.assert_close(first, tower.text.resume(read(ids), to_layer=1), atol=1e-5, rtol=1e-5)
+
+
+def test_no_more_is_kept_than_there_is_room_for(tower, monkeypatch):
+    ids = tower.tokenize([f"{n} squares" for n in ("two", "three", "four", "five")])
+    streams = KeptStreams(tower.text, 1)
+    monkeypatch.setattr(text_adapters, "KEPT_BYTES", 2 * streams(ids[:1]).nbytes)
+    everything = streams(ids)
+    assert [list(row) for row in streams._streams] == ids[2:].tolist()
+    assert torch.equal(streams(ids), everything)
+
+
+def test_what_was_read_without_gradients_can_be_trained_on(build, tower):
+    sentences, ids = build(), tower.tokenize(SENTENCES)
+    with torch.inference_mode():
+        sentences.read(ids)
+    sentences.read(ids).sum().backward()
+    assert all(parameter.grad is not None for parameter in sentences.parameters())
