@@ -1,7 +1,7 @@
 """The program: `coldframe COMMAND`, or `python cli.py COMMAND`. Parse, call one pipeline, print.
 
-Exit codes: 0 done · 2 a mistake that the user can mend (one line says how) · 3 done, but some videos failed, or checks of
-doctor · 130 interrupted, and the same command goes on.
+Exit codes: 0 done · 2 a mistake that the user can mend (one line says how) · 3 done, but some videos or runs failed, or checks
+of doctor · 130 interrupted, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -532,6 +532,46 @@ def export_checkpoint(
     written = convert(checkpoint, out)
     facts = {"head": checkpoint.head, "file": str(out), "tensors": written}
     show(facts, f"{len(written)} tensors of {checkpoint.head} written to {out}", as_json)
+
+
+@app.command(
+    **about(
+        "Train many heads and settings side by side.",
+        "sweep linear_probe,attentive_pool --store store --out runs/sweep --set lr=1e-2,1e-3,1e-4",
+    )
+)
+def sweep(
+    heads: Annotated[str, typer.Argument(help="HEAD, or HEAD,HEAD.")],
+    store: Store,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder of runs, one for each combination.", **LOCAL)],
+    manifest: ManifestFile = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A recipe; a list in it stands for each of its items.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Values of one setting, key=value,value; may be repeated.")
+    ] = None,
+    templates: Templates = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train every combination of the values that are listed, on one pass over the cache: a batch is read once for all.
+
+    Each run ends with the same bits as `train-head` would give it, and resumes by itself. Runs of another seed, batch
+    size or episodes have a pass of their own. Memory: the weights of all runs lie on the device together, with gradients
+    and moments of those of one pass.
+    The best is chosen by validation; a run that diverges is reported, and the exit code is then 3.
+    """
+    from coldframe.train_heads import sweep as train_all
+    from coldframe.train_heads import variants
+
+    opened = open_store(store)
+    labels, asked = open_manifest(manifest, opened), variants(split_list(heads), config, sets or [])
+    report = train_all(opened, labels, asked, out, templates=templates or "video", device=device, quiet=quiet)
+    show(report.to_json(), report.describe(), as_json)
+    if report.n_diverged:
+        raise typer.Exit(3)
 
 
 @app.command(

@@ -20,8 +20,9 @@ from .official import export_checkpoint, import_checkpoint
 from .pipeline import Job, train, train_together, untrained
 from .predictor import Predictor
 from .run import DivergedError, Run
-from .settings import Settings, settings
+from .settings import Settings, settings, variants
 from .specs import ClassifierHead, EpisodeHead, Episodes, EpisodeTraining, HeadContext, HeadOutput, HeadSpec, TrainSpec
+from .sweep import SweepReport, sweep
 
 __all__ = [
     "Checkpoint",
@@ -38,13 +39,16 @@ __all__ = [
     "Predictor",
     "Run",
     "Settings",
+    "SweepReport",
     "TrainSpec",
     "export_checkpoint",
     "fit",
     "import_checkpoint",
     "load_checkpoint",
     "settings",
+    "sweep",
     "train",
     "train_together",
     "untrained",
+    "variants",
 ]

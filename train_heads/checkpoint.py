@@ -77,14 +77,21 @@ class Checkpoint:
         if not self.n_train:
             return f"{self.head}, {len(self.class_names)} classes, weights as published"
         missing = f", {self.n_missing} missing from the store" if self.n_missing else ""
-        classes, scored = self.class_names, f"{self.n_val} {self.selection} videos"
-        if self.episodes is not None:
-            way_and_shot = f"{self.episodes.n_way}-way {self.episodes.n_shot}-shot"
-            classes, scored = self.seen_classes, f"{self.episodes.n_val_episodes} {way_and_shot} episodes of {scored}"
+        classes = self.class_names if self.episodes is None else self.seen_classes
         return (
             f"{self.head}, {len(classes)} classes, {self.n_train} training videos{missing}\n"
             f"epoch {self.epoch} of {self.train.epochs}: top-1 {100 * self.scores['top_1']:.1f} % "
-            f"of {scored}, on which the epoch was chosen"
+            f"of {self.validated_on}, on which the epoch was chosen"
+        )
+
+    @property
+    def validated_on(self) -> str:
+        """What the scores are of, in words."""
+        videos = f"{self.n_val} {self.selection} videos"
+        if self.episodes is None:
+            return videos
+        return (
+            f"{self.episodes.n_val_episodes} {self.episodes.n_way}-way {self.episodes.n_shot}-shot episodes of {videos}"
         )
 
     def predictor(
