@@ -316,6 +316,24 @@ def test_a_failed_video_that_is_taken_away_is_no_failure_any_more(run, tmp_path:
     assert run("extract", "videos", "--store", "s", *TINY)[0] == 0
 
 
+def test_a_sweep_prints_its_table_and_its_runs_are_checkpoints(run, store: Path) -> None:
+    words = ("sweep", "temporal_transformer", "--store", store, "--out", "runs", "--quiet", "--set", "epochs=1")
+    code, out, err = run(*words, "--set", "lr=1e-3,1e-4", "--set", "layers=1,2", "--set", "heads=2", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert (report["n_runs"], report["n_diverged"], sum(found["best"] for found in report["runs"])) == (4, 0, 1)
+    assert {tuple(found["settings"]) for found in report["runs"]} == {("layers", "lr")}
+    assert run("eval", "closed_set", "--store", store, "--checkpoint", report["runs"][0]["run"])[0] == 0
+    code, out, _ = run(*words, "--set", "lr=1e-3,1e30", "--set", "heads=2", "--set", "warmup_epochs=0")
+    assert "| best | temporal_transformer" in out
+    assert code == (3 if "diverged" in out else 0)
+    refused(run(*words, "--set", "lrr=1"), "lr")
+    refused(run("sweep", "prototypes", "--store", store, "--out", "runs"), "nothing to train", "eval few_shot")
+    refused(
+        run("train-head", "temporal_transformer", "--store", store, "--out", "r", "--set", "lr=1,2"), "coldframe sweep"
+    )
+
+
 def test_eval_wants_one_head(run, store: Path) -> None:
     refused(run("eval", "closed_set", "--store", store), "--checkpoint", "--head")
 

@@ -81,6 +81,11 @@ def variants(heads: Sequence[str], toml: Path | None = None, sets: Sequence[str]
         for head, (table, key, text) in _takers(assignment, specs).items():
             options[head][table, key] = _parse_list(text, _hints(specs[head][table])[key], f"{table}.{key}")
 
+    if any("episodes" not in tables for tables in specs.values()):
+        for head in heads:
+            if "episodes" in specs[head]:
+                options[head].pop(("train", "batch_size"), None)  # it is of the heads that learn from batches of videos
+
     made: dict[tuple[str, Settings], None] = {}  # in order, and the same run once
     for head in heads:
         for values in itertools.product(*options[head].values()):

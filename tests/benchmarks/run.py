@@ -1,6 +1,7 @@
 """Run every benchmark of this folder and append their lines, with date and commit, to results.jsonl.
 
-python tests/benchmarks/run.py [NAME …]        all of them, or those named: gather, extract, memory, towers, evl, episodes
+python tests/benchmarks/run.py [NAME …]        all of them, or those named: gather, extract, memory, towers, evl, episodes,
+sweep
 """
 
 from __future__ import annotations

@@ -43,6 +43,10 @@ def test_each_head_takes_the_settings_that_it_has(tmp_path):
         ("linear_probe", 0.1),
         *[("temporal_transformer", 0.1)] * 2,
     ]
+    both = variants(["linear_probe", "trx"], None, ["batch_size=16"])  # one learns from videos, one from episodes
+    assert [one.train.batch_size for _, one in both] == [16, 8]
+    with pytest.raises(ConfigError, match="per_step"):
+        variants(["trx"], None, ["batch_size=16"])
     with pytest.raises(UnknownName, match="layer"):
         variants(heads, None, ["layerz=1"])
     path = tmp_path / "recipe.toml"
@@ -110,17 +114,19 @@ def test_a_run_is_named_by_what_differs_from_the_defaults():
 
 
 HEADS = ("linear_probe", "attentive_pool", "temporal_transformer")  # the last has dropout
+DEEP = ("ez_clip", "m2_clip", "clip_fsar", "trx")  # two of the tower, which they share; two of episodes, with dropout
+SMALL = ("reach=-1", "n_way=3", "n_query=2", "episodes_per_epoch=10", "n_val_episodes=10", "per_step=5", "epochs=2")
 
 
-def test_each_run_is_the_run_alone(store, manifest, tmp_path):
+@pytest.mark.parametrize(("heads", "sets"), [(HEADS, ("heads=2",)), (DEEP, SMALL)])
+def test_each_run_is_the_run_alone(store, manifest, tmp_path, heads, sets):
     assert TemporalConfig().dropout > 0
-    report = run(store, manifest, tmp_path / "sweep", HEADS, "lr=1e-2,1e-3", "heads=2")
-    assert len(report.rows) == 6
+    report = run(store, manifest, tmp_path / "sweep", heads, "lr=1e-2,1e-3", *sets)
+    assert len(report.rows) == 2 * len(heads)
     for row in report.rows:
         found = row.checkpoint
-        alone = train(
-            store, manifest, row.head, found.config, found.train, tmp_path / "alone" / row.folder.name, device="cpu"
-        )
+        out = tmp_path / "alone" / row.folder.name
+        alone = train(store, manifest, row.head, found.config, found.train, out, episodes=found.episodes, device="cpu")
         assert alone.fingerprint == found.fingerprint
         assert (alone.epoch, alone.scores, alone.needs) == (found.epoch, found.scores, found.needs)
         assert {path.name for path in row.folder.iterdir()} == {
@@ -129,7 +135,7 @@ def test_each_run_is_the_run_alone(store, manifest, tmp_path):
             "history.jsonl",
             "settings.toml",
         }
-    assert len({row.checkpoint.fingerprint for row in report.rows}) == 6
+    assert len({row.checkpoint.fingerprint for row in report.rows}) == len(report.rows)
 
 
 def test_the_cache_is_read_once_for_all(store, manifest, tmp_path, monkeypatch):
