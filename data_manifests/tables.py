@@ -130,13 +130,15 @@ def _read_parquet(path: Path) -> tuple[list[Row], dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    with path.open("rb") as file:
-        try:
-            table = pyarrow.parquet.read_table(file)
-            carried = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
-            rows = [(f"row {number}", cells) for number, cells in enumerate(table.to_pylist(), start=1)]
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise ManifestError(f"{path.name} is not a readable Parquet file: {error}") from None
+    # Threads of pyarrow's that hold a file of Python's may outlive the interpreter, and abort the process as it ends.
+    content = pyarrow.BufferReader(path.read_bytes())
+    try:
+        with pyarrow.parquet.ParquetFile(content) as file:
+            table = file.read(use_threads=False)
+        carried = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+        rows = [(f"row {number}", cells) for number, cells in enumerate(table.to_pylist(), start=1)]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ManifestError(f"{path.name} is not a readable Parquet file: {error}") from None
     if not isinstance(carried, dict) or not isinstance(carried.get("classes", []), list):
         raise ManifestError(f"{path.name} is not a readable Parquet file", seen=f"{carried!r} in its metadata")
     _refuse_bad_columns(table.column_names, path)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,3 +248,25 @@ def test_a_damaged_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
     for damaged in (b"", whole[:40], whole[:-30], whole[:4] + bytes(len(whole) // 4) + whole[4 + len(whole) // 4 :]):
         path.write_bytes(damaged)
         assert "\n" not in refusal(path)
+
+
+THREADS = """
+import os, sys
+from pathlib import Path
+from coldframe.data_manifests import Manifest, VideoRecord
+def names():
+    return sorted(Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task"))
+path = Path(sys.argv[1])
+Manifest("m", str(path.parent), ("c",), (VideoRecord("a.mp4", "a.mp4", 0),)).write(path)
+before = names()
+assert len(Manifest.read(path).records) == 1
+print(before == names(), before, names())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the threads of a process are not told here")
+def test_reading_a_parquet_leaves_no_thread_behind(tmp_path: Path) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", THREADS, tmp_path / "m.parquet"], check=True, capture_output=True, text=True
+    )
+    assert told.stdout.startswith("True"), told.stdout  # one that lives at the end may abort the process
