@@ -63,6 +63,7 @@ class MaskedSentences(nn.Module):
                 tables["is_first"][i, inside.start] = 1
             tables["ids"][i, position] = end
         tables["is_first"] = tables["is_first"] > 0
+        self.n_most = max(max(1, round(share * len(row))) for row in rows)  # hidden words of a sentence
         tables["n_masked"] = torch.tensor([max(1, round(share * len(row))) for row in rows])
         for name, table in tables.items():
             self.register_buffer(name, table.to(tower.device), persistent=False)
@@ -96,7 +97,8 @@ class MaskedSentences(nn.Module):
 class WordDecoder(nn.Module):
     """The fusion block, in which a sentence attends to the frames of a video, and a classifier of words.
 
-    The block has the frozen weights of the text tower's last one, and adapters of its own.
+    The block has the frozen weights of the text tower's last one, and adapters of its own. In it no token reads another
+    token of its sentence, so that tokens nobody asks about may be left out.
     """
 
     def __init__(self, tower: Tower, insert: TextInsert, n_words: int) -> None:
@@ -124,6 +126,11 @@ def masked_word_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of words [B, S, V] where labels [B, S] are not IGNORED; zero where all are."""
     total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp_min(1)
+
+
+def masked_places(labels: Tensor, n_most: int) -> Tensor:
+    """Where labels [B, S] are not IGNORED, and behind those places others, up to `n_most`: [B, n_most]."""
+    return (labels == IGNORED).int().argsort(dim=1, stable=True)[:, :n_most]
 
 
 def words_of(sentence: str) -> list[str]:

@@ -8,7 +8,7 @@ Differs: adapters add nothing at first (`init = "original"` is the published dra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..extract.blocks import Block, Insert
-from ..extract.text_tower import TextTower
 from ..extract.towers import TEXTS_AT_ONCE, Tower
 from .class_texts import Kept, up_to_the_longest
 from .layers import Adapter
@@ -55,8 +54,7 @@ def _adapter(width: int, hidden: int, init: str) -> Adapter:
 class AdaptedSentences(nn.Module):
     """C sentences, and the last blocks of the text tower with an insert each."""
 
-    stream: Tensor
-    attended: Tensor
+    constant: Tensor
     ends: Tensor
     share: Tensor | None
     frozen: Tensor
@@ -78,21 +76,19 @@ class AdaptedSentences(nn.Module):
         self.tower, self.inserts, self.checkpoint = tower.text, inserts, checkpoint
         self.below = self.tower.layers - len(inserts)
         top = inserts[0]
-        self.reads_ends_alone = len(inserts) == 1 and isinstance(top, TextInsert) and top.pre_attention is None
+        self.is_behind_attention = len(inserts) == 1 and isinstance(top, TextInsert) and top.pre_attention is None
         ids = up_to_the_longest(ids).to(tower.device)
         ends = ids.argmax(dim=-1)
         with torch.no_grad(), torch.autocast(tower.device.type, enabled=False):
-            parts = [self._constant(chunk) for chunk in ids.split(TEXTS_AT_ONCE)]
-            stream, attended = (torch.cat(part) for part in zip(*parts, strict=True))
+            constant = torch.cat([self._constant(chunk) for chunk in ids.split(TEXTS_AT_ONCE)])
             frozen = None if share is None else self.tower.project(self.tower.resume(self.tower.embed(ids)), ends)
+        if self.is_behind_attention:  # no token reads another any more
+            constant, ends = at_places(constant, rearrange(ends, "c -> c 1")), torch.zeros_like(ends)
         shares = None if share is None else torch.tensor(share, device=tower.device)
-        self.register_buffer("stream", stream, persistent=False)  # [C, S, D_t], or [C, 1, D_t] of ends alone
-        self.register_buffer("attended", attended, persistent=False)  # of ends alone [C, 1, D_t]
-        self.register_buffer("ends", torch.zeros_like(ends) if self.reads_ends_alone else ends, persistent=False)
-        self.register_buffer("frozen", frozen, persistent=False)  # [C, E]
-        self.register_buffer("share", shares, persistent=False)
+        for name, buffer in {"constant": constant, "ends": ends, "frozen": frozen, "share": shares}.items():
+            self.register_buffer(name, buffer, persistent=False)
         self._kept = Kept(self)
-        self._others = KeptStreams(self.tower, self.below)
+        self._others = KeptStreams(self._constant)
 
     def forward(self) -> Tensor:
         """Embeddings of the sentences [C, E], of length one where a part is frozen.
@@ -105,43 +101,51 @@ class AdaptedSentences(nn.Module):
         share = rearrange(self.share, "c -> c 1")
         return share * normalize(adapted, dim=-1) + (1 - share) * normalize(self.frozen, dim=-1)
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Other sentences, token ids [B, S], up to the last block: [B, S, D_t]."""
-        stream = self._others(ids) if self.below else self.tower.embed(ids)
-        return self.tower.resume(stream, self.below, inserts=self.inserts, checkpoint=self.checkpoint)
+    def read(self, ids: Tensor, places: Tensor) -> Tensor:
+        """Other sentences, token ids [B, S], behind the last block at some places [B, P] of each: [B, P, D_t]."""
+        constant = self._others(ids) if self.below or self.is_behind_attention else self._constant(ids)
+        if self.is_behind_attention:
+            return self._finish(at_places(constant, places))
+        return at_places(self._finish(constant), places)
 
     def _adapted(self) -> Tensor:
         """The embeddings as the inserts have them, [C, E]."""
-        if self.reads_ends_alone:
-            top: Any = self.inserts[0]
-            stream = self.tower.block(self.tower.layers).finish(self.stream, self.attended, top)
-        else:
-            stream = self.tower.resume(self.stream, self.below, inserts=self.inserts, checkpoint=self.checkpoint)
-        return self.tower.project(stream, self.ends)
+        return self.tower.project(self._finish(self.constant), self.ends)
 
-    def _constant(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What no insert changes of token ids [C, S]: the stream below the first of them, and what attention adds to it.
+    def _constant(self, ids: Tensor) -> Tensor:
+        """What no insert changes of token ids [C, S]: the stream below the first of them, [C, S, D_t].
 
-        Returns:
-            Of ends alone both [C, 1, D_t]; else [C, S, D_t] and nothing, [C, 0, D_t].
+        Where all that is trained lies behind the last block's attention, what that adds follows, [C, S, 2·D_t].
         """
         stream = self.tower.resume(self.tower.embed(ids), to_layer=self.below)
-        if not self.reads_ends_alone:
-            return stream, stream[:, :0]
-        attended = self.tower.block(self.tower.layers).attend(stream)
-        ends = torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)
-        return rearrange(stream[ends], "c d -> c 1 d"), rearrange(attended[ends], "c d -> c 1 d")
+        if not self.is_behind_attention:
+            return stream
+        return torch.cat([stream, self.tower.block(self.tower.layers).attend(stream)], dim=-1)
+
+    def _finish(self, constant: Tensor) -> Tensor:
+        """The stream behind the last block, [C, S, D_t]."""
+        if not self.is_behind_attention:
+            return self.tower.resume(constant, self.below, inserts=self.inserts, checkpoint=self.checkpoint)
+        top: Any = self.inserts[0]
+        stream, attended = constant.chunk(2, dim=-1)
+        return self.tower.block(self.tower.layers).finish(stream, attended, top)
+
+
+def at_places(stream: Tensor, places: Tensor) -> Tensor:
+    """Tokens of a stream [B, S, D] at places [B, P]: [B, P, D]."""
+    return stream[torch.arange(len(stream), device=stream.device)[:, None], places]
 
 
 class KeptStreams:
     """What the frozen blocks of a text tower say of sentences that come again and again: each is read once."""
 
-    def __init__(self, tower: TextTower, to_layer: int) -> None:
-        self.tower, self.to_layer = tower, to_layer
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        """`read` makes [1, S, D] of the token ids [1, S] of a sentence; nothing in it is trained."""
+        self._read_one = read
         self._streams: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Token ids [B, S] -> the stream behind the last of those blocks [B, S, D_t], in float32."""
+        """Token ids [B, S] -> what those blocks say [B, S, D], in float32."""
         rows = [tuple(row) for row in ids.tolist()]
         for row in dict.fromkeys(rows):
             kept = self._streams.pop(row, None)
@@ -159,4 +163,4 @@ class KeptStreams:
         # Alone: with others its last bits would depend on theirs, and a run that was resumed would end otherwise.
         ids = torch.tensor([row], device=device)
         with torch.autocast(device.type, enabled=False):
-            return self.tower.resume(self.tower.embed(ids), to_layer=self.to_layer)[0]
+            return self._read_one(ids)[0]

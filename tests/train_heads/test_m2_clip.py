@@ -98,6 +98,11 @@ def published(recorded, monkeypatch):
     return found
 
 
+def whole(module, ids):
+    """Every token of sentences [B, S] behind the last text block, [B, S, D_t]."""
+    return module.sentences.read(ids, torch.arange(ids.shape[1]).expand_as(ids))
+
+
 def with_fusion_block(rec):
     """The recorded CLIP, its last text block replaced by the recorded fusion block, which has weights of its own there."""
     model = copy.deepcopy(rec.tower.model)
@@ -119,7 +124,7 @@ def test_videos_are_the_recorded_ones(published):
 @torch.no_grad()
 def test_texts_are_the_recorded_ones(published):
     for rec, module, _ in published:
-        stream = module.sentences.read(rec["token_ids"])
+        stream = whole(module, rec["token_ids"])
         torch.testing.assert_close(stream, rec["text_hidden"], **RECORDED)
         embedding = module.tower.text.project(stream, rec["token_ids"].argmax(dim=-1))
         torch.testing.assert_close(embedding, rec["text_embedding"], **RECORDED)
@@ -129,7 +134,7 @@ def test_texts_are_the_recorded_ones(published):
 def test_words_are_the_recorded_ones(published):
     for rec, module, _ in published:
         ids = rec["token_ids"][: rec.sizes["B"]]
-        logits, _ = module.find_words(ids, rec["frame_embedding"], None)
+        logits = module.decoder(whole(module, ids), rec["frame_embedding"], None)
         torch.testing.assert_close(logits, rec["mlm_logits"], **RECORDED)
         torch.testing.assert_close(masked_word_loss(logits, rec["mlm_labels"]), rec["mlm_loss"], **RECORDED)
 
@@ -228,10 +233,10 @@ def test_from_the_middle_it_is_the_same_as_from_pixels(build, batch, layer, plac
 def test_kept_texts_are_those_of_a_whole_pass(build, tower, settings):
     module = build(**settings)
     ids = tower.tokenize([f"A video of {name}" for name in ("apply eye makeup", *CLASSES[1:])])
-    whole = tower.text.project(module.sentences.read(ids), ids.argmax(dim=-1))
-    torch.testing.assert_close(module.sentences(), whole, **EXACT)
+    expected = tower.text.project(whole(module, ids), ids.argmax(dim=-1))
+    torch.testing.assert_close(module.sentences(), expected, **EXACT)
     with torch.no_grad():
-        torch.testing.assert_close(module.sentences(), whole, **EXACT)
+        torch.testing.assert_close(module.sentences(), expected, **EXACT)
 
 
 def test_a_short_video_is_the_same_with_padding(build, batch):
@@ -282,7 +287,7 @@ def test_the_losses_are_the_published_sum(build, batch):
     frames = module.embed_frames(classes, None)
     similarity = module.compare(frames.mean(dim=1), module.sentences())
     ids, words = module.masked(labels)
-    found, _ = module.find_words(ids, frames, None)
+    found = module.decoder(whole(module, ids), frames, None)
     expected = {
         "contrastive": same_class_contrastive(similarity[:, labels], labels) / 2,
         "cross_modal": cross_entropy(similarity, labels) / 2,

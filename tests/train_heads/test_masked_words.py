@@ -10,6 +10,7 @@ from coldframe.train_heads.masked_words import (
     IGNORED,
     MaskedSentences,
     WordDecoder,
+    masked_places,
     masked_word_loss,
     vocabulary,
     words_of,
@@ -88,6 +89,15 @@ def test_in_evaluation_the_last_words_are_hidden(tower, masked):
         assert torch.equal(row, tower.tokenize([text])[0, : len(row)])
 
 
+def test_places_of_masks_come_first(masked):
+    _, labels = masked.train()(torch.arange(3).repeat(5))
+    places = masked_places(labels, masked.n_most)
+    assert places.shape == (15, 2)
+    for row, found in zip(labels, places, strict=True):
+        n = int((row != IGNORED).sum())
+        assert found[:n].tolist() == (row != IGNORED).nonzero()[:, 0].tolist()
+
+
 def test_the_seed_draws_the_words(masked):
     def drawn(seed):
         torch.manual_seed(seed)
@@ -141,4 +151,5 @@ def test_words_depend_on_the_real_frames(tower):
     noisy = frames.masked_fill(~mask[..., None], 1e4)
     torch.testing.assert_close(decoder(stream, noisy, mask), logits)
     assert not torch.allclose(decoder(stream, frames + 1e-1 * torch.randn_like(frames), mask), logits, atol=1e-4)
+    torch.testing.assert_close(decoder(stream[:, [4, 1]], frames, mask), logits[:, [4, 1]], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(decoder(stream[:1], frames[:1, :2], None), logits[:1], atol=1e-5, rtol=1e-5)

@@ -33,7 +33,7 @@ from ..class_texts import from_templates
 from ..layers import masked_mean
 from ..layouts import back_to_theirs, renamed
 from ..losses import same_class_contrastive
-from ..masked_words import MaskedSentences, WordDecoder, masked_word_loss, vocabulary
+from ..masked_words import MaskedSentences, WordDecoder, masked_places, masked_word_loss, vocabulary
 from ..reach import Reach, reached_feature
 from ..specs import HeadContext, HeadOutput, HeadSpec, Official
 from ..temporal_adapters import TEDInsert, TemporalEnhancement
@@ -163,11 +163,6 @@ class M2CLIP(nn.Module):
             cosine = einsum(normalize(video.float(), dim=-1), normalize(texts.float(), dim=-1), "b e, c e -> b c")
         return self.tower.logit_scale * cosine
 
-    def find_words(self, ids: Tensor, frames: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Masked sentences [B, S] with the frames [B, T, E] of their videos -> words [B, S, V], sentences [B, S, D_t]."""
-        stream = self.sentences.read(ids)
-        return self.decoder(stream, frames, mask), stream
-
     def _losses(
         self, labels: Tensor, video: Tensor, frames: Tensor, mask: Tensor | None, by_video: Tensor, by_text: Tensor
     ) -> dict[str, Tensor]:
@@ -186,10 +181,12 @@ class M2CLIP(nn.Module):
                     fix="Set masked_share=0 to train without masked words.",
                 )
             ids, words = self.masked(labels)
-            logits, stream = self.find_words(ids, frames, mask)
-            losses["masked_words"] = masked_word_loss(logits, words) / 10
+            places = masked_places(words, self.masked.n_most)
+            stream = self.sentences.read(ids, torch.cat([places, ids.argmax(dim=-1, keepdim=True)], dim=1))
+            found = self.decoder(stream[:, :-1], frames, mask)
+            losses["masked_words"] = masked_word_loss(found, words.gather(1, places)) / 10
             if self.config.masked_contrastive:
-                in_batch = self.compare(video, self.tower.text.project(stream, ids.argmax(dim=-1)))
+                in_batch = self.compare(video, self.tower.text.project(stream[:, -1:], torch.zeros_like(labels)))
         cross_modal = by_text.softmax(dim=-1) if self.config.double_softmax else by_text
         return losses | {
             "contrastive": same_class_contrastive(in_batch, labels) / 2,
