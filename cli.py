@@ -546,7 +546,10 @@ def sweep(
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder of runs, one for each combination.", **LOCAL)],
     manifest: ManifestFile = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="A recipe; a list in it stands for each of its items.")
+        str | None,
+        typer.Option(
+            "--config", help="A recipe: a file, or a name of `coldframe recipes`; a list stands for each item."
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Values of one setting, key=value,value; may be repeated.")
@@ -559,15 +562,19 @@ def sweep(
     """Train every combination of the values that are listed, on one pass over the cache: a batch is read once for all.
 
     Each run ends with the same bits as `train-head` would give it, and resumes by itself. Runs of another seed, batch
-    size or episodes have a pass of their own. Memory: the weights of all runs lie on the device together, with gradients
-    and moments of those of one pass.
+    size or episodes have a pass of their own. Memory: the runs lie on the device together, each with its weights, the best
+    of them so far, and two moments as large; the activations and gradients are of one run at a time.
+
     The best is chosen by validation; a run that diverges is reported, and the exit code is then 3.
     """
     from coldframe.train_heads import sweep as train_all
     from coldframe.train_heads import variants
 
     opened = open_store(store)
-    labels, asked = open_manifest(manifest, opened), variants(split_list(heads), config, sets or [])
+    labels, asked = (
+        open_manifest(manifest, opened),
+        variants(split_list(heads), *recipe_file(config, False, sets or [])),
+    )
     report = train_all(opened, labels, asked, out, templates=templates or "video", device=device, quiet=quiet)
     show(report.to_json(), report.describe(), as_json)
     if report.n_diverged:

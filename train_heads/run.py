@@ -127,12 +127,12 @@ class Run:
             with torch.autocast(self.device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32"):
                 output = self.head(self._shown(batch), self.text)
                 loss = loss_of(output, batch.labels, spec.label_smoothing)
-            self.optimiser.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.head.parameters(), spec.clip_norm or math.inf)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)  # now: the gradients of the next run take their place in memory
         self._losses.append(loss.detach())
         self._norms.append(norm.detach())
 

@@ -8,7 +8,7 @@ import pytest
 from coldframe.data_manifests.errors import ConfigError, UnknownName
 from coldframe.extract.batches import FeatureDataset
 from coldframe.extract.store import FeatureStore
-from coldframe.train_heads import pipeline
+from coldframe.train_heads import pipeline, recipes
 from coldframe.train_heads.heads.temporal_transformer import Config as TemporalConfig
 from coldframe.train_heads.pipeline import train
 from coldframe.train_heads.settings import Settings, settings, variants
@@ -108,6 +108,11 @@ def test_a_run_is_named_by_what_differs_from_the_defaults():
     assert name("lr=1e-4", "layers=2", "decay_all=true") == "temporal_transformer,layers=2,lr=0.0001,decay_all=true"
     odd = Settings(TemporalConfig(), replace(TrainSpec(), precision="bf16", epochs=10**119))
     assert len(run_name("temporal_transformer", odd)) < 50
+
+
+def test_a_recipe_of_the_package_can_be_swept():
+    found = variants(["clip_fsar"], recipes.find("clip_fsar_hmdb51_1shot").path, ["lr=1e-4,1e-5", "n_shot=1,5"])
+    assert [(one.train.lr, one.episodes.n_shot, one.train.batch_size) for _, one in found][1] == (1e-4, 5, 16)
 
 
 # ---- training
