@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -454,17 +454,21 @@ def test_one_command_on_two_devices_of_which_one_is_killed(
     command = [sys.executable, "-m", "coldframe.cli", "extract", str(videos), "--store", str(store), "--frames", "4",
                "--model", "coldframe-tiny", "--decoder", "pyav", "--features", FEATURES, "--shard-videos", "1",
                "--batch", "4", "--workers", "1", "--device", "cpu,cpu", "--json"]  # fmt: skip
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not ((store / "shards").is_dir() and committed(store / "shards")):
-        assert run.poll() is None
-        time.sleep(0.002)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    holders = [json.loads(path.read_bytes())["pid"] for path in (store / "leases").glob("part-*")]
-    for pid in holders[:1]:
-        assert str(pid) in children
-        os.kill(pid, signal.SIGKILL)
-    _, err = run.communicate(timeout=120)
-    assert (run.returncode, "was killed by SIGKILL" in err) == (1, True), err
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run,
+        ExitStack() as end,
+    ):
+        end.callback(run.kill)
+        while not ((store / "shards").is_dir() and committed(store / "shards")):
+            assert run.poll() is None
+            time.sleep(0.002)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        holders = [json.loads(path.read_bytes())["pid"] for path in (store / "leases").glob("part-*")]
+        for pid in holders[:1]:
+            assert str(pid) in children
+            os.kill(pid, signal.SIGKILL)
+        _, err = run.communicate(timeout=120)
+        assert (run.returncode, "was killed by SIGKILL" in err) == (1, True), err
     before = held(store)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, json.loads(done.stdout)["n_failed"]) == (0, 0), done.stderr

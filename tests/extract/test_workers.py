@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -488,25 +489,29 @@ with DecodePool(FrameSpec(2), TransformSpec(16, (0,) * 3, (1,) * 3), workers=2, 
 def test_nothing_is_left_behind(faulty: ModuleType, tmp_path: Path, fate: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(folder=str(tmp_path)))
-    parent = subprocess.Popen(
-        [sys.executable, "-W", "error", script],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    pid_file = tmp_path / "pid"
-    assert parent.stdout is not None
-    assert [parent.stdout.readline(), parent.stdout.readline()] == ["the script ran\n", "a\n"]
-    wait_until(lambda: pid_file.exists() and pid_file.read_text())
-    if fate == "Ctrl-C":
-        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    else:
-        parent.kill()
-    out, err = parent.communicate(timeout=20)
-    assert out == ""
-    if fate == "Ctrl-C":
-        assert err.count("KeyboardInterrupt") == 1, err  # the parent's own, and nothing of leaked memory
-        assert "resource_tracker" not in err
-    else:
-        assert err == ""
+    with (
+        subprocess.Popen(
+            [sys.executable, "-W", "error", script],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        ) as parent,
+        ExitStack() as end,
+    ):  # fmt: skip
+        end.callback(parent.kill)  # should this test fail, no other one pays for it
+        pid_file = tmp_path / "pid"
+        assert parent.stdout is not None
+        assert [parent.stdout.readline(), parent.stdout.readline()] == ["the script ran\n", "a\n"]
+        wait_until(lambda: pid_file.exists() and pid_file.read_text())
+        if fate == "Ctrl-C":
+            os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        else:
+            parent.kill()
+        out, err = parent.communicate(timeout=20)
+        assert out == ""
+        if fate == "Ctrl-C":
+            assert err.count("KeyboardInterrupt") == 1, err  # the parent's own, and nothing of leaked memory
+            assert "resource_tracker" not in err
+        else:
+            assert err == ""
     worker = int(pid_file.read_text())
     wait_until(lambda: not Path(f"/proc/{worker}").exists() or "zombie" in Path(f"/proc/{worker}/status").read_text())
     assert not [*Path("/dev/shm").glob(f"*{parent.pid}*"), *Path(tempfile.gettempdir()).glob(f"pym-{parent.pid}-*")]
