@@ -8,6 +8,7 @@ epochs, so Ctrl-C may fall anywhere.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,7 @@ from .randomness import own_randomness
 from .run import DivergedError, Run
 from .specs import Episodes
 
+SAVING_SHARE = 10  # states that took a second are not written again for ten
 CHECK_EVERY = 20  # steps between two looks at the loss; each look waits for the GPU
 
 
@@ -66,7 +68,7 @@ def fit(
     """
     device = runs[0].device
     n_steps = data.n_batches * (max(run.spec.epochs for run in runs) - min(run.epoch for run in runs))
-    _part_with([run for run in runs if not run.is_going], ended)  # interrupted between its last epoch and its end
+    saved_at = saving_s = 0.0
     with own_randomness(device), Progress(n_steps, "steps", quiet=quiet) as progress:
         while going := [run for run in runs if run.is_going]:
             epoch = min(run.epoch for run in going)  # those whose last state is of a later epoch wait
@@ -74,6 +76,11 @@ def fit(
             _train(together, data, epoch_seed(data.seed, epoch), progress)
             _validate([run for run in together if run.error is None], data)
             _part_with([run for run in together if not run.is_going], ended)
+            if (began := time.monotonic()) - saved_at >= SAVING_SHARE * saving_s:
+                for run in together:
+                    if run.is_going:
+                        run.save()
+                saved_at, saving_s = began, time.monotonic() - began
 
 
 def _train(runs: Sequence[Run], data: Data, seed: int, progress: Progress) -> None:

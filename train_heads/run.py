@@ -22,7 +22,6 @@ from .optim import build_optimiser, learning_rate
 from .randomness import Randomness
 from .specs import Episodes, HeadOutput, TrainSpec
 
-SAVING_SHARE = 10  # a state that took a second is not written again for ten
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -96,7 +95,6 @@ class Run:
         self.best: Best | None = None
         self.history: list[dict[str, Any]] = []  # a record an epoch
         self.error: DivergedError | None = None
-        self._saved_at = self._saving_s = 0.0
         self._resume()
 
     @property
@@ -170,7 +168,7 @@ class Run:
         self._tally.loss += float(cross_entropy(logits, labels, reduction="sum"))
 
     def end_epoch(self) -> None:
-        """Keep the weights if they are the best so far, add to the history, and write what is needed to go on."""
+        """Keep the weights if they are the best so far, and add to the history."""
         scores = self._tally.scores()
         self.epoch += 1
         step = self.epoch * self.n_batches
@@ -190,8 +188,14 @@ class Run:
         )
         lines = "".join(f"{json.dumps(record)}\n" for record in self.history)
         (self.folder / "history.jsonl").write_text(lines, encoding="utf-8")
-        if time.monotonic() - self._saved_at >= SAVING_SHARE * self._saving_s:
-            self._save()
+
+    def save(self) -> None:
+        """Write what is needed to go on after an interruption."""
+        assert self.best is not None
+        best = {"epoch": self.best.epoch, "step": self.best.step, "scores": self.best.scores, "head": self.best.head}
+        state = {"epoch": self.epoch, "best": best, "history": self.history, "head": trained_tensors(self.head)}
+        more = {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}
+        write_state(self.folder, state | more)
 
     def finish(self) -> Best:
         """Leave the head with the weights of its best epoch."""
@@ -211,15 +215,6 @@ class Run:
         text = self.text_of_validation
         names = None if text is None else text.embedding[batch.class_ids]  # [n, W, E]
         return head.episode_logits(batch.bank, batch.support, batch.query, names)  # [n, Q, W]
-
-    def _save(self) -> None:
-        self._saved_at = time.monotonic()
-        assert self.best is not None
-        best = {"epoch": self.best.epoch, "step": self.best.step, "scores": self.best.scores, "head": self.best.head}
-        state = {"epoch": self.epoch, "best": best, "history": self.history, "head": trained_tensors(self.head)}
-        more = {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}
-        write_state(self.folder, state | more)
-        self._saving_s = time.monotonic() - self._saved_at
 
     def _resume(self) -> None:
         if state := read_state(self.folder, self.device):
