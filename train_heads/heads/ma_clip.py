@@ -6,12 +6,13 @@ beside the MLP. Behind the tower one transformer layer adds the name to every su
 
 Source: MA-CLIP, Xing et al. 2023, arXiv:2308.01532: figures 2 to 4, tables 1 to 9, and its counts of parameters; what is
     silent there follows AIM, Yang et al. 2023, arXiv:2302.03024, and CLIP-FSAR, arXiv:2303.02982.
-Differs: there is no published code. Not known, and settings here: `alpha`, `logit_scale`, `joint_scale`, `shots`, heads and
-    dropouts. Chosen: the trained places in time are added before the first norm, as AIM's are, or to the stream that the
-    changed blocks begin with where the lowest are left as they are; the layer behind the tower has no norm, for which its count leaves no room, and is given frames
-    and names at unit RMS; the divergence of a match from its one right answer is its cross-entropy. With adapters that
-    add nothing yet the tower still differs from the frozen one, because the further tokens are read: as drawn.
-    `reach` leaves the lowest blocks as they are, and -1 all of them: table 3's row of a frozen encoder.
+Differs: there is no published code. Not known, and settings here: `alpha`, `logit_scale`, `joint_scale`, `shots`, heads
+    and dropouts. Chosen: the trained places in time are added before the first norm, as AIM's are, or to the stream
+    that the changed blocks begin with where the lowest are left as they are; the layer behind the tower has no norm,
+    for which its count leaves no room, and is given frames and names at unit RMS; the divergence of a match from its
+    one right answer is its cross-entropy. With adapters that add nothing yet the tower still differs from the frozen
+    one, because the further tokens are read: as drawn. `reach` leaves the lowest blocks as they are, and -1 all of
+    them: table 3's row of a frozen encoder.
 """
 
 from __future__ import annotations
