@@ -44,7 +44,7 @@ NOVEL_SHAPES = ("diamond", "heart", "bow", "moon", "drop", "arrow")
 SHAPES = BASE_SHAPES + NOVEL_SHAPES
 STARTS = ("top", "right", "bottom", "left")  # clockwise
 MOTIONS = tuple(f"{way} from the {start}" for way in ("clockwise", "counter-clockwise") for start in STARTS)
-# Kept for few-shot episodes: two of each way round, so that neither the start nor the way alone tells them apart.
+# Kept from training for new classes: every start once, either way round twice, so all their words are known.
 HELD_MOTIONS = tuple(
     f"{way} from the {start}" for way, start in zip(("clockwise", "counter-clockwise") * 2, STARTS, strict=True)
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
@@ -14,22 +15,35 @@ from .specs import TrainSpec
 def build_optimiser(head: nn.Module, spec: TrainSpec) -> AdamW:
     """AdamW over the trainable parameters, weight decay on weight matrices alone unless `spec.decay_all`.
 
+    A module that declares a `lr_share` is trained, with all that it holds, at that share of the learning rate: the groups
+    carry it for whoever sets the rate of a step.
+
     Raises:
         ConfigError: the head has nothing to train.
     """
-    decayed, kept = [], []
-    for module in head.modules():
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for path, module in head.named_modules():
+        share = _lr_share(head, path)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 is_decayed = spec.decay_all or _is_weight_matrix(module, name, parameter)
-                (decayed if is_decayed else kept).append(parameter)
-    if not decayed and not kept:
+                groups.setdefault((spec.weight_decay if is_decayed else 0.0, share), []).append(parameter)
+    if not groups:
         raise ConfigError(
             "this head has nothing to train",
             fix="Evaluate it as it is: `coldframe eval PROTOCOL --store STORE --head NAME`.",
         )
-    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=spec.lr, fused=True)
+    described: list[dict[str, Any]] = [
+        {"params": found, "weight_decay": decay, "lr": share * spec.lr, "lr_share": share}
+        for (decay, share), found in groups.items()
+    ]
+    return AdamW(described, lr=spec.lr, fused=True)
+
+
+def set_learning_rate(optimiser: AdamW, rate: float) -> None:
+    """Give every group its share of the rate of a step."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["lr_share"]
 
 
 def learning_rate(step: int, n_steps: int, n_warmup: int, spec: TrainSpec) -> float:
@@ -38,6 +52,13 @@ def learning_rate(step: int, n_steps: int, n_warmup: int, spec: TrainSpec) -> fl
         return spec.lr * (step + 1) / n_warmup
     progress = (step - n_warmup) / max(1, n_steps - n_warmup)
     return spec.lr * (spec.min_lr_ratio + (1 - spec.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _lr_share(head: nn.Module, path: str) -> float:
+    """The product of what the modules on the way to a module declare."""
+    steps = path.split(".") if path else []
+    modules = [head.get_submodule(".".join(steps[:n])) for n in range(len(steps) + 1)]
+    return math.prod(getattr(module, "lr_share", 1.0) for module in modules)
 
 
 def _is_weight_matrix(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:

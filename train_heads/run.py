@@ -18,7 +18,7 @@ from ..data_manifests.errors import ColdframeError
 from ..extract.batches import FeatureBatch
 from ..extract.text import TextFeatures
 from .checkpoint import read_state, trained_tensors, write_state
-from .optim import build_optimiser, learning_rate
+from .optim import build_optimiser, learning_rate, set_learning_rate
 from .randomness import Randomness
 from .specs import Episodes, HeadOutput, TrainSpec
 
@@ -119,8 +119,7 @@ class Run:
         spec = self.spec
         n_warmup = min(round(spec.warmup_epochs * self.n_batches), self.n_steps - 1)
         rate = learning_rate(self.epoch * self.n_batches + len(self._losses), self.n_steps, n_warmup, spec)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimiser, rate)
         with self.randomness:
             with torch.autocast(self.device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32"):
                 output = self.head(self._shown(batch), self.text)
@@ -179,7 +178,7 @@ class Run:
             {
                 "epoch": self.epoch,
                 "step": step,
-                "lr": self.optimiser.param_groups[0]["lr"],
+                "lr": max(group["lr"] for group in self.optimiser.param_groups),
                 "loss": float(torch.stack(self._losses).mean()),
                 "gradient_norm": float(torch.stack(self._norms).mean()),
                 **{f"val_{name}": score for name, score in scores.items()},

@@ -28,8 +28,9 @@ KEPT_BYTES = 2**29  # of streams of sentences that come again; of ViT-B/16, some
 class TextInsert(Insert):
     """Adapters in a block of the text tower: before the MLP, and before attention where `both` are wanted."""
 
-    def __init__(self, width: int, hidden: int, both: bool, init: str) -> None:
+    def __init__(self, width: int, hidden: int, both: bool, init: str, lr_share: float = 1.0) -> None:
         super().__init__()
+        self.lr_share = lr_share
         self.pre_attention = _adapter(width, hidden, init) if both else None
         self.pre_mlp = _adapter(width, hidden, init)
 

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+from torch import nn
 
 from coldframe.train_heads.heads.temporal_transformer import TemporalTransformer
-from coldframe.train_heads.optim import build_optimiser, learning_rate
+from coldframe.train_heads.optim import build_optimiser, learning_rate, set_learning_rate
 from coldframe.train_heads.specs import TrainSpec
 
 
@@ -17,6 +18,18 @@ def test_learning_rate_by_hand():
     assert rates[12] == pytest.approx(0.2)
     assert learning_rate(0, 10, 0, spec) == 2.0
     assert rates[6] == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
+
+
+def test_a_part_may_learn_at_a_share_of_the_rate():
+    part, whole = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    part.lr_share = 0.5
+    whole.lr_share = 0.1
+    whole.append(part)
+    head = nn.Sequential(whole, nn.Linear(2, 2))
+    optimiser = build_optimiser(head, TrainSpec(lr=1.0))
+    set_learning_rate(optimiser, 2.0)
+    rate = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    assert [rate[id(p)] for p in head.parameters()] == pytest.approx([0.2, 0.2, 0.1, 0.1, 2.0, 2.0])
 
 
 def test_decay_is_for_weight_matrices():

@@ -9,9 +9,8 @@ Source: M2-CLIP, Wang et al. 2024, arXiv:2401.11649; sizes, names and initialisa
 Differs: text adapters add nothing at first (`text_init = "original"`: the published draw, after which frozen CLIP's
     agreement of videos with unseen names is soon lost). The cross-modal loss is the cross-entropy of its logits, not of
     their softmax (`double_softmax`). Videos are matched to whole sentences, not to masked ones (`masked_contrastive`).
-    Words are masked for every video, where the published code as released masks none (`masked_share = 0`). Text adapters
-    learn at the rate of the rest, in the original at half of it. The head may reach into the upper blocks alone; see
-    reach.py. Padded frames take no part.
+    Words are masked for every video, where the published code as released masks none (`masked_share = 0`). The head may
+    reach into the upper blocks alone; see reach.py. Padded frames take no part.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ class Config:
     places: str = "mlp"  # adapters before the MLP, as for Kinetics | both: and before attention, as for SSv2
     width: int = 384  # of the adapters' bottlenecks
     text_layers: int | None = None  # adapted blocks of the text tower, the last ones; None: 1 of `mlp`, all of `both`
+    text_lr: float = 0.5  # share of the learning rate that text adapters have
     text_init: str = "identity"  # identity: text adapters add nothing at first | original
     template: str = "A video of {}"
     dropout: float = 0.5  # before the classifier
@@ -71,7 +71,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"impossible {name}", seen=value, wanted="at least 1")
-        for name in ("dropout", "masked_share", "text_blend"):
+        for name in ("dropout", "masked_share", "text_blend", "text_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"impossible {name}", seen=getattr(self, name), wanted="0 to 1")
         if "{}" not in self.template:
@@ -106,7 +106,7 @@ class M2CLIP(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
         text_inserts = [
-            TextInsert(shape.text_width, config.width, both, config.text_init)
+            TextInsert(shape.text_width, config.width, both, config.text_init, config.text_lr)
             for _ in range(_n_text_layers(config, shape.text_layers) + 1)
         ]
         ids = self.tower.tokenize(_sentences(config, context.class_names))
@@ -283,7 +283,13 @@ def _read(weights: Mapping[str, Tensor], context: HeadContext, config: Config) -
 
 
 def _write(config: Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `_read`."""
+    """The inverse of `_read`.
+
+    Raises:
+        ConfigError: the tower's texts are not as wide as its embedding, which theirs cannot but be.
+    """
+    if any(name.startswith("decoder.bridge.") for name in state):
+        raise ConfigError("the published code has no map from the embedding to a text tower of another width")
     return back_to_theirs(layout.with_frame_axis(state), _their_names(config, state["depth"]))
 
 
