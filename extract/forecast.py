@@ -25,11 +25,11 @@ from ..data_manifests.records import Manifest
 from .catalogue import HEADER, Header
 from .frames import DecodedVideo
 from .pipeline import Encoder, ExtractOptions, ExtractReport, decode_pool, jobs, refuse_flips
+from .pretrained import are_weights_here
 from .progress import Progress
 from .space import Estimate, drawn, extrapolate, free_bytes, promised_lengths, readable, segments
 from .specs import FeatureSpec, canonical_features
 from .towers import Tower, load_tower
-from .weights import NoWeights
 from .workers import Chunk, DecodePool, Job, cores
 from .writer import FeatureWriter
 
@@ -254,12 +254,11 @@ def forecast(
 
 
 def tower_of_the_same_cost(model: str, pretrained: str | None, precision: str, device: str) -> tuple[Tower, str]:
-    """Load a tower; where its weights cannot be fetched, one of random weights, and a note that says so."""
-    try:
+    """Load a tower; where that needs a download, one of random weights, and a note that says so."""
+    if are_weights_here(model, pretrained):
         return load_tower(model, pretrained, precision, device), ""
-    except NoWeights:
-        note = f"the weights {pretrained} cannot be fetched from here: random ones stand in, at the same cost"
-        return load_tower(model, "random", precision, device), note
+    note = f"the weights {pretrained} are not here yet: random ones stand in, at the same cost"
+    return load_tower(model, "random", precision, device), note
 
 
 def spec_of_stand_in(spec: FeatureSpec, store: Path) -> FeatureSpec:

@@ -15,6 +15,8 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import try_to_load_from_cache
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from open_clip.transformer import QuickGELU, VisionTransformer
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from ..data_manifests.errors import ConfigError, UnknownName
 from .specs import TransformSpec
 from .tiny import CONFIG, WEIGHTS
-from .weights import NoWeights, TowerError, first_line, read_weights
+from .weights import TowerError, first_line, read_weights
 
 TINY = "coldframe-tiny"
 
@@ -44,6 +46,24 @@ def load_model(model: str, pretrained: str | None, seed: int) -> tuple[nn.Module
             _check_gelu(name, source.name, quick_gelu=True)
         _copy_weights(module, weights.tensors, f"the weights {source.name!r} do not fit {name}")
     return module, model if model.endswith(".json") else name, source.name
+
+
+def are_weights_here(model: str, pretrained: str | None) -> bool:
+    """Whether loading a model needs no download; weights that do not exist count as here, for loading says so.
+
+    Raises:
+        UnknownName, TowerError: no such model; or weights that do not fit it, as `load_model` would say.
+    """
+    name = _architecture(model)
+    facts = open_clip.get_pretrained_cfg(name, pretrained or "")
+    if not facts or "file" in facts:
+        return True
+    _check_gelu(name, pretrained or "", facts.get("quick_gelu", False))
+    if not facts.get("hf_hub"):
+        return (Path("~/.cache/clip").expanduser() / Path(facts["url"]).name).is_file()
+    repository, _, file = facts["hf_hub"].rpartition("/")
+    files = [file, str(Path(file).with_suffix(".safetensors"))] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+    return any(isinstance(try_to_load_from_cache(repository, each), str) for each in files)
 
 
 def transform_of(module: nn.Module) -> TransformSpec:
@@ -190,7 +210,7 @@ def _download(name: str, tag: str, facts: Mapping[str, Any]) -> Path:
             return Path(open_clip.download_pretrained(dict(facts)))
     except (OSError, RuntimeError) as error:
         address = facts.get("url") or f"https://huggingface.co/{facts.get('hf_hub', '')}"
-        raise NoWeights(
+        raise TowerError(
             f"the weights {tag!r} of {name} could not be downloaded ({first_line(error)})",
             fix=f"Without network, fetch them from {address} elsewhere and give the file in place of the tag.",
         ) from error

@@ -32,10 +32,6 @@ class TowerError(ColdframeError, ValueError):
     """Weights that cannot be loaded or do not fit the model, or something that a tower does not have."""
 
 
-class NoWeights(TowerError):
-    """Published weights that cannot be fetched from here."""
-
-
 @dataclass(frozen=True, slots=True)
 class Weights:
     """A state dict on the CPU, under the names of the model that wrote it."""

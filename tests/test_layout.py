@@ -22,6 +22,7 @@ OWNERS = {
     },
     "torchcodec": {"extract/decoders/by_torchcodec.py"},
     "open_clip": {"extract/pretrained.py", "extract/tiny/make.py"},
+    "huggingface_hub": {"extract/pretrained.py"},
     "zarr": {"extract/arrays.py"},
     "pyarrow": {"data_manifests/tables.py", "extract/shards.py"},
     "h5py": {"extract/exchange/hdf5.py"},

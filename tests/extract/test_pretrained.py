@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -17,7 +18,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from coldframe.data_manifests.errors import ConfigError, UnknownName
-from coldframe.extract.pretrained import expect_transform, load_model, reference_transform, transform_of
+from coldframe.extract.pretrained import (
+    are_weights_here,
+    expect_transform,
+    load_model,
+    reference_transform,
+    transform_of,
+)
 from coldframe.extract.specs import TransformSpec
 from coldframe.extract.tiny import WEIGHTS
 from coldframe.extract.towers import Tower, TowerError, load_tower
@@ -213,6 +220,28 @@ def test_a_tag_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, 
     ) as caught:
         load_tower(model, tag)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_whether_weights_are_here_is_known_without_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made_file: Path, file: str
+) -> None:
+    refuse_network(monkeypatch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model, tag = "ViT-B-16-quickgelu", "openai"
+    assert not are_weights_here(model, tag)
+    repository = tmp_path / "models--timm--vit_base_patch16_clip_224.openai"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("c0ffee")
+    (repository / "snapshots/c0ffee").mkdir(parents=True)
+    (repository / "snapshots/c0ffee" / file).touch()
+    assert are_weights_here(model, tag)
+    for other in (None, "random", "nosuch", str(made_file)):  # none of them is downloaded
+        assert are_weights_here(model, other)
+    with pytest.raises(UnknownName):
+        are_weights_here("no-such-model", None)
+    with pytest.raises(TowerError, match="trained with QuickGELU"):
+        are_weights_here("ViT-B-16", tag)
 
 
 @pytest.mark.parametrize(
