@@ -59,14 +59,22 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 def path(text: str) -> Path:
     """A path or a URL, of whose slashes pathlib would keep one."""
+    refuse_no_name(text)
     try:
         return location(text)
     except ConfigError as error:
         raise ColdframeError(str(error)) from None  # of a ValueError typer shows no text
 
 
+def refuse_no_name(text: str | Path) -> None:
+    """Refuse an empty path, as a variable that was never set leaves it: it would be the current folder."""
+    if not str(text):
+        raise ColdframeError("a path is empty", fix="Name a folder or a file; the current folder is a dot.")
+
+
 def local_path(text: str | Path) -> Path:
     """A path of this machine; a default is a path already."""
+    refuse_no_name(text)
     if is_url(str(text)):  # pathlib would make a folder named `s3:` of it
         raise ColdframeError("runs and results are local", seen=text, wanted="a folder or file of this machine")
     return Path(text)
@@ -264,7 +272,7 @@ def extract(asked: Extraction, store: Store, as_json: Json = False, quiet: Quiet
 
     if "," in asked.device or asked.device == "all":
         raise typer.Exit(extract_on_devices(asked, store, as_json, quiet))
-    frames, options = asked.frame_spec(), asked.options(quiet)
+    frames, options = frames_for(store, asked), asked.options(quiet)
     wanted = wanted_features(asked.features, asked.heads)  # before the tower, whose weights may have to be fetched
     manifest = open_manifest(asked.videos)
     tower = load_tower(*asked.tower_options())
@@ -298,7 +306,7 @@ def plan(
     from coldframe.extract import FeatureSpec
     from coldframe.extract.forecast import forecast, spec_of_stand_in, tower_of_the_same_cost
 
-    frames, options = asked.frame_spec(), asked.options(quiet)
+    frames, options = frames_for(store, asked), asked.options(quiet)
     wanted = wanted_features(asked.features, asked.heads)
     manifest = open_manifest(asked.videos)
     tower, note = tower_of_the_same_cost(*asked.tower_options())
@@ -999,6 +1007,23 @@ def open_manifest(path: Path | None, store: FeatureStore | None = None) -> Manif
     if path is None or not (path.is_dir() or path.is_file()):
         raise ConfigError("no such folder or manifest", seen=path, fix="Name a folder of videos, a .csv or a .parquet.")
     return from_folder(path) if path.is_dir() else Manifest.read(path)
+
+
+def frames_for(store: Path, asked: Extraction) -> FrameSpec:
+    """The frames asked for; what contradicts itself is refused with the settings of the store, if it is there."""
+    try:
+        return asked.frame_spec()
+    except ConfigError as error:
+        from coldframe.extract.specs import IMPORTED
+
+        try:
+            opened = open_store(store)
+        except ColdframeError:
+            raise error from None
+        if opened.spec.frames.sampling == IMPORTED:
+            raise
+        command = opened.extract_command(opened.features, draws=max(asked.draws, opened.spec.frames.draws))
+        raise ConfigError(str(error), fix=f"To go on with {store}: {command}") from None
 
 
 def open_store(path: Path) -> FeatureStore:

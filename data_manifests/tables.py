@@ -170,15 +170,17 @@ def _cells(manifest: Manifest) -> Iterator[tuple[Any, ...]]:
 
 
 def _refuse_bad_columns(header: Sequence[str], path: Path) -> None:
+    if unknown := list(dict.fromkeys(column for column in header if column not in COLUMNS)):
+        one = len(unknown) == 1
+        near = {column: difflib.get_close_matches(column.strip().lower(), COLUMNS, n=1) for column in unknown}
+        meant = [found[0] if one else f"{found[0]} by {column!r}" for column, found in near.items() if found]
+        raise ManifestError(
+            f"{path.name}: unknown column{'' if one else 's'}",
+            seen=listed([repr(column) for column in unknown], most=20),
+            wanted=f"columns among {', '.join(COLUMNS)}, separated by commas",
+            fix=f"Did you mean {', '.join(meant)}?" if meant else f"Rename or remove {'it' if one else 'them'}.",
+        )
     for column in header:
-        if column not in COLUMNS:
-            near = difflib.get_close_matches(column.strip().lower(), COLUMNS, n=1)
-            raise ManifestError(
-                f"{path.name}: unknown column",
-                seen=repr(column),
-                wanted=f"columns among {', '.join(COLUMNS)}, separated by commas",
-                fix=f"Did you mean {near[0]}?" if near else "Rename or remove it.",
-            )
         if header.count(column) > 1:
             raise ManifestError(f"{path.name}: the column {column} is there twice")
     if "path" not in header:

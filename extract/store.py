@@ -248,8 +248,8 @@ class FeatureStore:
                 fix=self._how_to_add(missing),
             )
 
-    def extract_command(self, features: Sequence[str]) -> str:
-        """The command that adds features to this store."""
+    def extract_command(self, features: Sequence[str], *, draws: int | None = None) -> str:
+        """The command that adds features to this store, or draws of what is random."""
         tower, frames = self.spec.tower, self.spec.frames
         settings = {
             "store": self.path,
@@ -262,7 +262,7 @@ class FeatureStore:
             "clips": frames.clips,
             "fps": frames.rate_fps,
             "crops": frames.crops,
-            "draws": None if frames.seed is None else frames.draws,
+            "draws": None if frames.seed is None else draws or frames.draws,
             "seed": frames.seed or None,
             "decoder": frames.decoder,
             "dtype": self.spec.dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -367,6 +368,41 @@ def test_an_error_is_json_too_where_that_was_asked_for(run) -> None:
     code, out, err = run("inspect", "nowhere", "--json")
     assert code == 2
     assert err == f"error: {json.loads(out)['error']}\n"
+
+
+@pytest.mark.parametrize("words", [
+    ("extract", "v", "--store", ""), ("extract", ""), ("inspect", ""), ("manifest", "folder", "v", "--out", ""),
+    ("train-head", "linear_probe", "--store", "s", "--out", ""), ("eval", "closed_set", "--store", ""),
+])  # fmt: skip
+def test_an_empty_path_is_not_the_current_folder(run, words: tuple[str, ...], tmp_path: Path) -> None:
+    refused(run(*words), "a path is empty")
+    assert not list(tmp_path.iterdir())
+
+
+def test_draws_without_the_other_settings_are_refused_with_all_of_them(run, store: Path) -> None:
+    asked = ("extract", store.parent / "videos", "--store", "random", *TINY)
+    settings = (
+        "--sampling",
+        "random",
+        "--crops",
+        "random",
+        "--flip",
+        "--seed",
+        "3",
+        "--frames",
+        "2",
+        "--dtype",
+        "float32",
+    )
+    assert run(*asked, *settings, "--features", "embedding")[0] == 0
+    for command in ("extract", "plan"):
+        answer = run(command, *asked[1:], "--draws", "3")
+        refused(answer, "nothing random", "--draws 3", "--crops random", "--flip", "--seed 3", "--dtype float32")
+    words = shlex.split(answer[2].partition("coldframe extract ")[2])
+    code, _, err = run("extract", *words, "--quiet", "--workers", "1")
+    assert code == 0, err
+    assert FeatureStore.open(Path("random")).spec.frames.draws == 3
+    refused(run(*asked[:3], "elsewhere", *TINY, "--draws", "3"), "nothing random")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "mps", "far"])

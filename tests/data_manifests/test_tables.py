@@ -122,6 +122,11 @@ HEADER = "video_id,path,label,split,group,start_s,end_s,captions"
         (["path,lable", "a.mp4,run"], ["unknown column", "'lable'", "Did you mean label?"]),
         (["path,Split", "a.mp4,train"], ["unknown column", "Did you mean split?"]),
         (["path;label", "a.mp4;run"], ["unknown column", "separated by commas"]),
+        (
+            ["path,lable,Split,fold", "a.mp4,run,train,1"],
+            ["unknown columns; found 'lable', 'Split', 'fold';", "Did you mean label by 'lable', split by 'Split'?"],
+        ),
+        (["path,x9,fold", "a.mp4,1,1"], ["unknown columns; found 'x9', 'fold';", "Rename or remove them."]),
         (["path,label,path", "a.mp4,run,a.mp4"], ["column path is there twice"]),
         (["label", "run"], ["no column path"]),
         (["path,label"], ["holds no video"]),
