@@ -44,6 +44,8 @@ NOVEL_SHAPES = ("diamond", "heart", "bow", "moon", "drop", "arrow")
 SHAPES = BASE_SHAPES + NOVEL_SHAPES
 STARTS = ("top", "right", "bottom", "left")  # clockwise
 MOTIONS = tuple(f"{way} from the {start}" for way in ("clockwise", "counter-clockwise") for start in STARTS)
+BASE_EVENTS = tuple(f"{shape} going {motion}" for shape in BASE_SHAPES for motion in MOTIONS)
+NOVEL_EVENTS = tuple(f"{shape} going {motion}" for shape in NOVEL_SHAPES for motion in MOTIONS)
 # Kept from training for new classes: every start once, either way round twice, so all their words are known.
 HELD_MOTIONS = tuple(
     f"{way} from the {start}" for way, start in zip(("clockwise", "counter-clockwise") * 2, STARTS, strict=True)
@@ -67,6 +69,11 @@ class DrawnClip:
     def is_novel(self) -> bool:
         """Whether the shape belongs to the classes kept from training in base-to-novel and few-shot protocols."""
         return self.shape in NOVEL_SHAPES
+
+    @property
+    def event(self) -> str:
+        """What happens: `circle going clockwise from the top`."""
+        return f"{self.shape} going {self.motion}"
 
     def draw(self, n_frames: int = 24, size_px: int = 96) -> NDArray[np.uint8]:
         """The frames [T, S, S, 3], RGB."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from .errors import ConfigError
@@ -39,6 +39,26 @@ def carve_validation(manifest: Manifest, fraction: float, seed: int = 0) -> Mani
             fix="Add videos, or mark a validation split in the manifest.",
         )
     return carved
+
+
+def captions_as_classes(
+    manifest: Manifest, splits: Collection[str], val_fraction: float = 0, seed: int = 0
+) -> Manifest:
+    """The captioned videos of some splits, every caption a class; see `Manifest.by_caption`.
+
+    Args:
+        splits: whose captions are classes; those of the others are not among them.
+        val_fraction: share of the training videos to move to `val` where there is none; 0 moves none.
+
+    Raises:
+        ManifestError: no video of these splits has a caption, or none can be spared for validation.
+    """
+    part = replace(manifest, records=tuple(r for r in manifest.records if r.split in splits and r.captions))
+    if val_fraction and not any(r.split == "val" for r in part.records):
+        alike = replace(part, class_names=("",), records=tuple(replace(r, label=0) for r in part.records))
+        carved = carve_validation(alike, val_fraction, seed)
+        part = replace(part, records=carved.records)
+    return part.by_caption()
 
 
 def draw_splits(manifest: Manifest, test_fraction: float, val_fraction: float, seed: int = 0) -> Manifest:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.data_manifests import ConfigError, Manifest, ManifestError, VideoRecord, carve_validation, draw_splits
+from coldframe.data_manifests.splits import captions_as_classes
 
 
 def training(*sizes: int, groups: dict[str, str] | None = None) -> Manifest:
@@ -124,3 +125,19 @@ def test_drawn_splits_replace_those_there_were(tmp_path: Path) -> None:
     assert counts(drawn, "test") == [4, 4]
     assert counts(drawn, "val") == [2, 2]
     assert counts(drawn, "train") == [14, 14]
+
+
+def test_captions_of_some_splits_are_classes():
+    records = [
+        VideoRecord(f"{n}.mp4", f"{n}.mp4", None, "test" if n > 7 else "train", captions=(f"caption {n}", "the same"))
+        for n in range(10)
+    ]
+    manifest = Manifest("captioned", "/nowhere", (), tuple(records))
+    ours = captions_as_classes(manifest, ("train", "val"), val_fraction=0.25)
+    assert set(ours.class_names) == {f"caption {n}" for n in range(8)} | {"the same"}
+    assert len({r.video_id for r in ours.records if r.split == "val"}) == 2
+    assert all(r.captions == (ours.class_names[r.label],) for r in ours.records if r.label is not None)
+    theirs = captions_as_classes(manifest, ("test",))
+    assert set(theirs.class_names) == {"caption 8", "caption 9", "the same"}
+    with pytest.raises(ManifestError, match="no captions"):
+        captions_as_classes(manifest, ("val",))
