@@ -14,6 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .layers import cosines
+
 
 def mean_cosine(
     query: Tensor, support: Tensor, query_mask: Tensor | None = None, support_mask: Tensor | None = None
@@ -33,7 +35,7 @@ def mean_cosine(
     Differs: nothing.
     """
     q, s = _mean_over_frames(query, query_mask), _mean_over_frames(support, support_mask)  # [..., Q, E], [..., S, E]
-    return _unit(q) @ _unit(s).mT
+    return cosines(q, s)
 
 
 def otam(
@@ -90,9 +92,11 @@ def frame_distance(query: Tensor, support: Tensor, eps: float = 0.0) -> Tensor:
     columns = rearrange(support, "... s u e -> ... (s u) e")
     row_norms = rearrange(_norms(rows), "... q -> ... q 1")
     column_norms = rearrange(_norms(columns), "... s -> ... 1 s")
+    with torch.autocast(rows.device.type, enabled=False):  # bfloat16 would round the cosines to two digits
+        products = rows @ columns.mT
     # Fused: this matrix, not the product of the frames, is what an episode spends its time on.
     norms = torch.addcmul(rows.new_tensor(eps), row_norms, column_norms)
-    distance = torch.addcdiv(rows.new_ones(()), rows @ columns.mT, norms, value=-1)
+    distance = torch.addcdiv(rows.new_ones(()), products, norms, value=-1)
     return rearrange(distance, "... (q t) (s u) -> ... q s t u", t=query.shape[-2], u=support.shape[-2])
 
 
@@ -206,7 +210,3 @@ def _mean_over_frames(frames: Tensor, mask: Tensor | None) -> Tensor:
 
 def _norms(vectors: Tensor) -> Tensor:
     return vectors.norm(dim=-1).clamp_min(1e-12)  # a frame of zeros is at distance 1 from all, not at NaN
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return vectors / rearrange(_norms(vectors), "... -> ... 1")

@@ -97,12 +97,13 @@ class Kept:
         self._value: Tensor | None = None
 
     def __call__(self, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` says, or said of the same parameters."""
+        """What `compute` says, or said of the same parameters: in float32, whoever asks for it first."""
         # By value: torch's fused optimisers do not count the changes that they make to a parameter.
         parts = [parameter.detach().flatten().float() for parameter in self._parameters()]
         state = torch.cat(parts) if parts else torch.empty(0)
         if self._state is None or self._state.device != state.device or not torch.equal(self._state, state):
-            self._state, self._value = state, compute()
+            with torch.autocast(state.device.type, enabled=False):
+                self._state, self._value = state, compute()
         assert self._value is not None
         return self._value
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import gelu, rms_norm
+from torch.nn.functional import gelu, normalize, rms_norm
 
 from ..data_manifests.errors import ConfigError
 from ..extract.specs import SpecMismatch
@@ -117,6 +117,15 @@ class FrameTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, ~mask)
         return x
+
+
+def cosines(videos: Tensor, texts: Tensor) -> Tensor:
+    """Cosines of vectors [..., B, E] with vectors [..., C, E]: [..., B, C].
+
+    In float32 also under autocast: a scale of 100 makes half a logit of what bfloat16 rounds off.
+    """
+    with torch.autocast(videos.device.type, enabled=False):
+        return normalize(videos.float(), dim=-1) @ normalize(texts.float(), dim=-1).mT
 
 
 def masked_mean(frames: Tensor, mask: Tensor) -> Tensor:

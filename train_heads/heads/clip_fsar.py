@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
 from ..clips import Clips, Supports
 from ..comparisons import SHOTS, build_comparison, require_comparison
-from ..layers import masked_mean
+from ..layers import cosines, masked_mean
 from ..specs import Episodes, HeadContext, HeadOutput, HeadSpec
 
 SCORES = ("metric", "ensemble", "text")
@@ -128,7 +128,7 @@ class ClipFsar(nn.Module):
 
     def _match(self, means: Tensor, text: Tensor) -> Tensor:
         """Cosine of mean frames as they came [..., Q, E] with texts [..., C, E], times the temperature: [..., Q, C]."""
-        return self.temperature * normalize(means, dim=-1) @ normalize(text, dim=-1).mT
+        return self.temperature * cosines(means, text)
 
 
 class ContextLayer(nn.Module):

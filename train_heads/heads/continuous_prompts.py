@@ -21,16 +21,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures, readable
 from ...extract.text_tower import TextTower
 from ...extract.towers import TEXTS_AT_ONCE, Tower
-from ..layers import POSITION_STD, FrameTransformer, masked_mean
+from ..class_texts import Kept
+from ..layers import POSITION_STD, FrameTransformer, cosines, masked_mean
 from ..layouts import back_to_theirs, renamed, stretched
 from ..specs import HeadContext, HeadOutput, HeadSpec, Official
 
@@ -148,7 +149,7 @@ class ContinuousPrompts(nn.Module):
         self.prompts, self.frames, self.tower = prompts, frames, tower
         self.logit_scale, self.n_contrast, self.checkpoint = config.logit_scale, config.n_contrast, config.checkpoint
         self.register_buffer("class_ids", class_ids, persistent=False)
-        self._kept: tuple[Tensor, Tensor] | None = None  # vectors, and the class texts that they gave
+        self._kept = Kept(prompts)
 
     def forward(self, batch: FeatureBatch, text: TextFeatures | None = None) -> HeadOutput:
         """Score: embedding [B, T, E] -> logits [B, C].
@@ -160,7 +161,7 @@ class ContinuousPrompts(nn.Module):
         if not self.training or self.n_contrast >= len(self.class_ids):
             return HeadOutput(logits=self.similarity(video, self.class_texts()), embedding=video)
         chosen = self._drawn_classes(batch.labels)
-        logits = self.similarity(video, self.embed_tokens(self.class_ids[chosen])).float()
+        logits = self.similarity(video, self.embed_tokens(self.class_ids[chosen]))
         loss = cross_entropy(logits, torch.searchsorted(chosen, batch.labels))
         return HeadOutput(embedding=video, losses={"contrast": loss})
 
@@ -182,14 +183,11 @@ class ContinuousPrompts(nn.Module):
         """The classes [C, E]; where no gradient is asked for they are kept until the prompts change."""
         if torch.is_grad_enabled():
             return self.embed_tokens(self.class_ids)
-        vectors = self.prompts.vectors
-        if self._kept is None or not _is_same(self._kept[0], vectors):
-            self._kept = vectors.clone(), self._in_chunks(self.class_ids)
-        return self._kept[1]
+        return self._kept(lambda: self._in_chunks(self.class_ids))
 
     def similarity(self, video: Tensor, text: Tensor) -> Tensor:
         """Scaled cosine of videos [B, E] and texts [C, E]: [B, C]."""
-        return self.logit_scale * einsum(normalize(video, dim=-1), normalize(text, dim=-1), "b e, c e -> b c")
+        return self.logit_scale * cosines(video, text)
 
     def proposal_logits(self, frames: Tensor, timestamps: Tensor, proposals: Tensor) -> Tensor:
         """Score the classes of parts of an untrimmed video.
@@ -240,10 +238,6 @@ class ContinuousPrompts(nn.Module):
         """`embed_tokens`, in float32 and a bounded number at a time."""
         with torch.autocast(ids.device.type, enabled=False):
             return torch.cat([self.embed_tokens(chunk) for chunk in ids.split(TEXTS_AT_ONCE)])
-
-
-def _is_same(kept: Tensor, now: Tensor) -> bool:
-    return kept.device == now.device and kept.dtype == now.dtype and torch.equal(kept, now)
 
 
 def _build(config: Config, context: HeadContext) -> ContinuousPrompts:

@@ -23,9 +23,8 @@ from math import log, sqrt
 from pathlib import Path
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
@@ -34,7 +33,7 @@ from ...extract.specs import SpecMismatch
 from ...extract.summary import attend, unpack
 from ...extract.text import TextFeatures
 from ..class_texts import ACTIONCLIP, TEMPLATES, AdaptedTexts, from_descriptions, from_templates
-from ..layers import Adapter, DropPath, masked_mean
+from ..layers import Adapter, DropPath, cosines, masked_mean
 from ..layouts import back_to_theirs, renamed, stretched
 from ..losses import motion_loss, same_class_contrastive
 from ..reach import Reach, reached_feature
@@ -132,7 +131,7 @@ class EZCLIP(nn.Module):
         video = masked_mean(frames, batch.mask)
         if not self.training:
             return HeadOutput(logits=self.scores(video), embedding=video)
-        similarity = einsum(unit(video), unit(self.texts.of(batch.labels)), "i e, j e -> i j")
+        similarity = cosines(video, self.texts.of(batch.labels))
         losses = {
             "contrastive": same_class_contrastive(self.tower.logit_scale * similarity, batch.labels),
             "motion": self.config.motion_weight * motion_loss(frames, batch.mask),
@@ -165,8 +164,7 @@ class EZCLIP(nn.Module):
 
     def scores(self, video: Tensor) -> Tensor:
         """Logits [B, C] of videos [B, E]; of several sentences a class, the log of their mean probabilities."""
-        cosine = einsum(unit(video), unit(self.texts.all()), "b e, c p e -> p b c")
-        logits = self.tower.logit_scale * cosine
+        logits = self.tower.logit_scale * cosines(video, rearrange(self.texts.all(), "c p e -> p c e"))  # [P, B, C]
         if len(logits) == 1:
             return logits[0]
         return logits.log_softmax(dim=-1).logsumexp(dim=0) - log(len(logits))
@@ -243,11 +241,6 @@ class TextInsert(Insert):
     def after_mlp(self, added: Tensor, normed: Tensor) -> Tensor:
         """Drop it for some sentences."""
         return self.drop_path(added)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors [..., E] at length one, in float32."""
-    return normalize(x.float(), dim=-1)
 
 
 def read_official(

@@ -20,16 +20,16 @@ from dataclasses import dataclass, replace
 from math import log
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
 from .. import m2_clip_layout as layout
 from ..class_texts import from_templates
-from ..layers import masked_mean
+from ..layers import cosines, masked_mean
 from ..layouts import back_to_theirs, renamed
 from ..losses import same_class_contrastive
 from ..masked_words import MaskedSentences, WordDecoder, masked_places, masked_word_loss, vocabulary
@@ -159,9 +159,7 @@ class M2CLIP(nn.Module):
 
     def compare(self, video: Tensor, texts: Tensor) -> Tensor:
         """Scaled cosines of videos [B, E] and texts [C, E], in float32: [B, C]."""
-        with torch.autocast(video.device.type, enabled=False):
-            cosine = einsum(normalize(video.float(), dim=-1), normalize(texts.float(), dim=-1), "b e, c e -> b c")
-        return self.tower.logit_scale * cosine
+        return self.tower.logit_scale * cosines(video, texts)
 
     def _losses(
         self, labels: Tensor, video: Tensor, frames: Tensor, mask: Tensor | None, by_video: Tensor, by_text: Tensor

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize, rms_norm
+from torch.nn.functional import cross_entropy, rms_norm
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
@@ -31,7 +31,7 @@ from ...extract.blocks import Block, Insert
 from ...extract.text import TextFeatures
 from ..clips import Clips, Supports, gather
 from ..comparisons import build_comparison, require_comparison
-from ..layers import Adapter, masked_mean
+from ..layers import Adapter, cosines, masked_mean
 from ..reach import Reach, reached_feature
 from ..specs import Episodes, HeadContext, HeadOutput, HeadSpec
 
@@ -123,7 +123,7 @@ class MaClip(nn.Module):
 
     def _match(self, videos: Tensor, names: Tensor) -> Tensor:
         """Scaled cosines of videos [n, Q, E] with the names of their episode [n, W, E]: [n, Q, W]."""
-        return self.config.logit_scale * normalize(videos, dim=-1) @ normalize(names, dim=-1).mT
+        return self.config.logit_scale * cosines(videos, names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from einops import einsum
 from torch import nn
 from torch.nn.functional import normalize
 
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
-from ..layers import masked_mean
+from ..layers import cosines, masked_mean
 from ..specs import HeadOutput, HeadSpec
 
 
@@ -38,8 +37,7 @@ class MeanPool(nn.Module):
         frames = batch["embedding"]
         frames = normalize(frames, dim=-1) if self.normalise_frames else frames
         video = masked_mean(frames, batch.mask)  # [B, E]
-        cosine = einsum(normalize(video, dim=-1), normalize(text.embedding, dim=-1), "b e, c e -> b c")
-        return HeadOutput(logits=text.logit_scale * cosine, embedding=video)
+        return HeadOutput(logits=text.logit_scale * cosines(video, text.embedding), embedding=video)
 
 
 HEAD = HeadSpec(

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from einops import einsum
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
-from ..layers import POSITION_STD, FrameTransformer, masked_mean
+from ..layers import POSITION_STD, FrameTransformer, cosines, masked_mean
 from ..specs import HeadContext, HeadOutput, HeadSpec
 
 
@@ -78,8 +76,7 @@ class TemporalTransformer(nn.Module):
         if self.classifier is not None:
             return HeadOutput(logits=self.classifier(video), embedding=video)
         assert text is not None, "the text classifier declares that it needs text"
-        cosine = einsum(normalize(video, dim=-1), normalize(text.embedding, dim=-1), "b e, c e -> b c")
-        return HeadOutput(logits=self.logit_scale * cosine, embedding=video)
+        return HeadOutput(logits=self.logit_scale * cosines(video, text.embedding), embedding=video)
 
     def embed(self, frames: Tensor, mask: Tensor) -> Tensor:
         """Video embeddings [B, E] of frames [B, T, E] where mask [B, T]."""

@@ -19,7 +19,7 @@ from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ..clips import Clips
 from ..comparisons import Alignment
-from ..layers import masked_mean
+from ..layers import cosines, masked_mean
 from ..specs import HeadSpec
 
 
@@ -51,7 +51,7 @@ class TipAdapter(nn.Module):
         """Score queries [n, Q] against supports [n, W, K] with names [n, W, E]: logits [n, Q, W]."""
         assert text is not None, "tip_adapter declares that it needs text"
         video = video_of(bank)  # [V, E]
-        by_name = self.logit_scale * video[query] @ normalize(text, dim=-1).mT
+        by_name = self.logit_scale * cosines(video[query], text)
         clips = Clips(rearrange(video, "v e -> v 1 e"))
         cosine = self.cosine(clips, clips, query, rearrange(support, "n w k -> n (w k) 1"))  # [n, Q, W·K]
         by_support = reduce(affinity(cosine, self.beta), "n q (w k) -> n q w", "sum", w=support.shape[1])

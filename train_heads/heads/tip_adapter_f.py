@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
+from ..layers import cosines
 from ..specs import HeadContext, HeadOutput, HeadSpec
 from .tip_adapter import affinity, require_positive, video_of
 
@@ -48,6 +49,8 @@ class TipAdapterF(nn.Module):
     """Names and trained keys, added."""
 
     key_videos: Tensor
+    columns: Tensor
+    classes: Tensor
 
     def __init__(
         self,
@@ -65,19 +68,22 @@ class TipAdapterF(nn.Module):
         self.keys = nn.Parameter(torch.zeros(len(trained_names), keys, width))
         self.register_buffer("key_videos", torch.zeros(len(trained_names), keys, dtype=torch.int64))  # 0: none yet
         place = {name: number for number, name in enumerate(trained_names)}
-        self.known = [(column, place[name]) for column, name in enumerate(class_names) if name in place]
+        known = [(column, place[name]) for column, name in enumerate(class_names) if name in place]
+        columns, classes = torch.tensor(known, dtype=torch.int64).reshape(-1, 2).T  # of the logits, and of the keys
+        self.register_buffer("columns", columns, persistent=False)
+        self.register_buffer("classes", classes, persistent=False)
 
     def forward(self, batch: FeatureBatch, text: TextFeatures) -> HeadOutput:
         """Score classes: embedding [B, T, E] and class texts [C, E] -> logits [B, C]."""
         video = video_of(batch)
         if self.training:
             self._remember(video.detach(), batch)
-        logits = self.logit_scale * video @ normalize(text.embedding, dim=-1).mT  # [B, C]
-        if self.known:
-            columns, classes = torch.tensor(self.known, device=video.device).T
-            cosine = einsum(video, self.keys[classes], "b e, c m e -> b c m")
+        logits = self.logit_scale * cosines(video, text.embedding)  # [B, C]
+        if len(self.columns):
+            with torch.autocast(video.device.type, enabled=False):  # as in `cosines`; a key has the length it learnt
+                cosine = einsum(video, self.keys[self.classes], "b e, c m e -> b c m")
             by_keys = self.alpha * reduce(affinity(cosine, self.beta), "b c m -> b c", "sum")
-            logits = logits.index_add(1, columns, by_keys.to(logits.dtype))
+            logits = logits.index_add(1, self.columns, by_keys)
         return HeadOutput(logits=logits, embedding=video)
 
     @torch.no_grad()
@@ -86,7 +92,8 @@ class TipAdapterF(nn.Module):
         numbers = torch.tensor([_number(video_id) for video_id in batch.video_ids], device=video.device)
         is_new = ~torch.isin(numbers, self.key_videos)
         of_class = one_hot(batch.labels, len(self.keys)) * rearrange(is_new, "b -> b 1")  # [B, C]
-        before = (of_class.cumsum(dim=0) - of_class)[torch.arange(len(video)), batch.labels]  # in this batch
+        earlier = of_class.cumsum(dim=0) - of_class  # in this batch, [B, C]
+        before = rearrange(earlier.gather(1, rearrange(batch.labels, "b -> b 1")), "b 1 -> b")
         place = (self.key_videos != 0).sum(dim=1)[batch.labels] + before  # [B]
         chosen = is_new & (place < self.keys.shape[1])
         where = batch.labels[chosen], place[chosen]
