@@ -191,8 +191,14 @@ class Tower:
 
         Args:
             offset: [T, D], added to all tokens of a frame before ln_pre, and trained where it has a gradient.
+
+        Raises:
+            TowerError: the tower has no tokens, or the pixels are not of its size.
+            ValueError: an offset of another number of frames.
         """
         self._need_tokens("tokens.0")
+        if offset is not None and len(offset) != pixels.shape[-4]:
+            raise ValueError(f"an offset of {len(offset)} frames for videos of {pixels.shape[-4]}")
         tokens = self._embed(self.normalise(pixels.flatten(0, -4)), offset)
         return tokens.unflatten(0, pixels.shape[:-3])
 

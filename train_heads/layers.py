@@ -108,15 +108,24 @@ class FrameTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(layers))
 
     def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Frames [B, T, E] that know their neighbours where mask [B, T]; raises SpecMismatch for too many of them."""
-        n_frames = frames.shape[1]
-        if n_frames > len(self.position):
-            raise SpecMismatch("videos have more frames than the head", seen=n_frames, wanted=len(self.position))
+        """Frames [B, T, E] that know their neighbours where mask [B, T]; raises as `of_frames` does."""
+        position = of_frames(self.position, frames.shape[1])
         x = rms_norm(frames, frames.shape[-1:]) if self.is_scaled else frames
-        x = x + self.position[:n_frames]
+        x = x + position
         for block in self.blocks:
             x = block(x, ~mask)
         return x
+
+
+def of_frames(table: Tensor, n_frames: int) -> Tensor:
+    """The first rows of a table that has one for each frame.
+
+    Raises:
+        SpecMismatch: it has fewer.
+    """
+    if n_frames > len(table):
+        raise SpecMismatch("videos have more frames than the head", seen=n_frames, wanted=len(table))
+    return table[:n_frames]
 
 
 def cosines(videos: Tensor, texts: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def reached_feature(reach: int) -> str:
 class Reach:
     """A reach into a tower of known depth."""
 
-    layer: int  # k, the last frozen layer without a change above it: 0 … L
+    layer: int  # k, from 0 to L: the blocks above it are changed
     n_blocks: int  # changed ones, L - k
     feature: str  # where the method starts
 

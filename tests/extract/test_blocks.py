@@ -75,6 +75,8 @@ def test_frames_may_be_shifted_before_the_first_norm(tower: Tower, pixels: Tenso
     assert offset.grad is not None
     assert offset.grad[1].any()
     assert not offset.grad[2].any()
+    with pytest.raises(ValueError, match="6 frames for videos of 3"):  # which two such videos could be cut into
+        tower.start(pixels, torch.zeros(6, tower.shape.width))
 
 
 def test_the_class_token_alone_is_the_same_class_token(tower: Tower, tokens: Tensor) -> None:

@@ -332,6 +332,29 @@ def test_official_weights_that_are_not_these_are_named(tower):
         HEAD.official.write(Config(reach=2), {})
 
 
+def test_frames_are_shifted_by_their_own_place_in_videos_shorter_than_the_heads(tower, batch):
+    """Four videos of three frames are twelve, which six places would share out otherwise."""
+    head = build(tower, n_frames=6, temporal_embedding=True)
+    head.offset.copy_(torch.randn_like(head.offset))
+    shorter = build(tower, n_frames=3, temporal_embedding=True)
+    state = {name: tensor[:3] if tensor.shape[:1] == (6,) else tensor for name, tensor in head.state_dict().items()}
+    shorter.load_state_dict(state)
+    with torch.no_grad():
+        found, wanted = head.frames(batch), shorter.frames(batch)
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(SpecMismatch, match="more frames than the head"):
+        build(tower, n_frames=2, prompts=False, temporal_embedding=True).frames(batch)
+
+
+def test_shifts_of_frames_are_written_without_prompts_too(tower):
+    head = build(tower, prompts=False, temporal_embedding=True)
+    head.offset.fill_(0.5)
+    weights = HEAD.official.write(head.config, trained_tensors(head))
+    config, state = HEAD.official.read(weights, HeadContext(tower.shape, 3, CLASSES, lambda: tower), Config())
+    assert (config.prompts, config.temporal_embedding) == (False, True)
+    assert torch.equal(state["offset"], head.offset)
+
+
 def test_the_frozen_tower_is_not_the_heads(tower):
     assert not any("resblocks" in name for name in build(tower).state_dict())
     assert all(isinstance(parameter, nn.Parameter) for parameter in build(tower).parameters())

@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, gelu, linear, 
 
 from coldframe.data_manifests.errors import ConfigError
 from coldframe.extract.batches import FeatureBatch
+from coldframe.extract.specs import SpecMismatch
 from coldframe.extract.text import TextFeatures
 from coldframe.extract.towers import Tower
 from coldframe.train_heads.alignment import otam
@@ -318,6 +319,14 @@ def test_trains_on_a_store(store, manifest, tmp_path):
         quiet=True,
     )
     assert checkpoint.scores["top_1"] > 0.6
+
+
+@pytest.mark.parametrize("reach", [0, -2])
+def test_refuses_videos_with_more_frames_than_it_has_places_for(reach):
+    head, bank = build(reach=reach), bank_of(reach)
+    head.tower.position = nn.Parameter(head.tower.position[:-1])
+    with pytest.raises(SpecMismatch, match="more frames than the head"):
+        scores(head, episodes(bank))
 
 
 def test_refuses_what_cannot_be():

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
-from ...extract.specs import SpecMismatch, canonical_feature
+from ...extract.specs import canonical_feature
 from ...extract.text import TextFeatures
 from ...extract.towers import QueryKey
-from ..layers import QuickGELU
+from ..layers import QuickGELU, of_frames
 from ..layouts import back_to_theirs, renamed, stretched
 from ..specs import HeadContext, HeadOutput, HeadSpec, Official
 from ..token_functions import add_displacement, add_neighbours, bin_by_displacement, mix_normalised
@@ -156,17 +156,11 @@ class LocalTemporal(nn.Module):
             self.cross_frame = CrossFrame(width, context.shape.grid, context.tower().query_key(block))
 
     def forward(self, tokens: Tensor, below: Tensor, mask: Tensor) -> Tensor:
-        """Tokens [B, T, 1+N, D] plus the three terms, as a new tensor.
-
-        Raises:
-            SpecMismatch: more frames than the table of positions has.
-        """
+        """Tokens [B, T, 1+N, D] plus the three terms, as a new tensor; raises as `of_frames` does."""
         n_frames = tokens.shape[1]
         offset = tokens.new_zeros(n_frames, tokens.shape[-1])
         if self.position is not None:
-            if n_frames > len(self.position):
-                raise SpecMismatch("videos have more frames than the head", seen=n_frames, wanted=len(self.position))
-            offset = offset + self.position[:n_frames]
+            offset = offset + of_frames(self.position, n_frames)
         kernel = None
         if self.conv is not None:
             assert self.conv.bias is not None

@@ -29,11 +29,10 @@ from torch import Tensor, nn
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.blocks import Block, Insert
-from ...extract.specs import SpecMismatch
 from ...extract.summary import attend, unpack
 from ...extract.text import TextFeatures
 from ..class_texts import ACTIONCLIP, TEMPLATES, AdaptedTexts, from_descriptions, from_templates
-from ..layers import Adapter, DropPath, cosines, masked_mean
+from ..layers import Adapter, DropPath, cosines, masked_mean, of_frames
 from ..layouts import back_to_theirs, renamed, stretched
 from ..losses import motion_loss, same_class_contrastive
 from ..reach import Reach, reached_feature
@@ -142,8 +141,9 @@ class EZCLIP(nn.Module):
         """Embeddings of the frames, [B, T, E], un-normalised."""
         if self.config.compact:
             return self.tower.project(self._last_block(batch))
+        offset = None if self.offset is None else of_frames(self.offset, batch.mask.shape[1])
         tokens = self.tower.resume(
-            self.reach.tokens(batch, self.tower, self.offset),
+            self.reach.tokens(batch, self.tower, offset),
             self.reach.layer,
             inserts=self.image,
             mask=batch.mask,
@@ -200,14 +200,10 @@ class ImageInsert(Insert):
     def temporal_token(self, mean: Tensor, block: Block, mask: Tensor | None) -> Tensor:
         """What each frame's prompt sees along time: means over the tokens of a frame [B, T, D] -> [B, T, 1, D].
 
-        Raises:
-            SpecMismatch: more frames than the prompt has.
+        Raises as `of_frames` does.
         """
         assert self.prompt is not None
-        n_frames = mean.shape[1]
-        if n_frames > len(self.prompt):
-            raise SpecMismatch("videos have more frames than the head", seen=n_frames, wanted=len(self.prompt))
-        asking = self.prompt_dropout(self.prompt)[:n_frames] + mean
+        asking = of_frames(self.prompt_dropout(self.prompt), mean.shape[1]) + mean
         return rearrange(self.drop_path(block.attend(asking, mask=mask)), "b t d -> b t 1 d")
 
     def after_attention(self, attended: Tensor) -> Tensor:
@@ -285,7 +281,9 @@ def write_official(config: Config, state: Mapping[str, Tensor]) -> dict[str, Ten
     prompts = [state[f"image.{i}.prompt"] for i in range(layers) if f"image.{i}.prompt" in state]
     if prompts:
         weights[PROMPTS] = torch.stack(prompts)
-        weights[POSITIONS] = state["offset"][None] if "offset" in state else torch.zeros_like(weights[PROMPTS][:1])
+        weights[POSITIONS] = torch.zeros_like(weights[PROMPTS][:1])
+    if "offset" in state:
+        weights[POSITIONS] = rearrange(state["offset"], "t d -> 1 t d")
     return weights
 
 

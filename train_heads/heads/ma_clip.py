@@ -31,7 +31,7 @@ from ...extract.blocks import Block, Insert
 from ...extract.text import TextFeatures
 from ..clips import Clips, Supports, gather
 from ..comparisons import build_comparison, require_comparison
-from ..layers import Adapter, cosines, masked_mean
+from ..layers import Adapter, cosines, masked_mean, of_frames
 from ..reach import Reach, reached_feature
 from ..specs import Episodes, HeadContext, HeadOutput, HeadSpec
 
@@ -172,7 +172,7 @@ class AdaptedTower(nn.Module):
 
     def forward(self, batch: FeatureBatch, text: Tensor | None) -> Tensor:
         """Embeddings of the frames [B, T, E]; texts [B, E] of support videos, None of queries."""
-        position = self.position[: batch.mask.shape[1]]
+        position = of_frames(self.position, batch.mask.shape[1])
         from_pixels = self.reach.feature == "pixels"
         tokens = self.reach.tokens(batch, self.tower, position.squeeze(1) if from_pixels else None)  # [B, T, 1+N, D]
         tokens = self.tower.resume(
