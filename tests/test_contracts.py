@@ -1,9 +1,9 @@
-"""Every head there is, found by its name, held to what a head promises."""
+"""Every head there is, found by its name, held to what a head promises, with its defaults and with other settings."""
 
 import functools
 import importlib
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from coldframe.extract.text import TextFeatures
 from coldframe.extract.towers import Tower
 from coldframe.train_heads import heads
 from coldframe.train_heads.checkpoint import trained_tensors
-from coldframe.train_heads.specs import Episodes, HeadContext, HeadOutput
+from coldframe.train_heads.specs import Episodes, HeadContext, HeadOutput, HeadSpec
 
 SIZE_PX = 12
 CLASSES = ("run", "jump", "swim", "wave", "sit")
@@ -39,21 +39,70 @@ def context(n_frames=8):
     return HeadContext(SHAPE, n_frames, CLASSES, tower)
 
 
-def build(name, n_frames=8) -> Any:
-    """A head from its defaults, every trained tensor away from the zeros and ones it may start at."""
-    head = heads.find(name)
+@dataclass(frozen=True)
+class Case:
+    """A head with some settings."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return ",".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+    @property
+    def head(self) -> HeadSpec:
+        return heads.find(self.name)
+
+    @property
+    def config(self) -> Any:
+        return self.head.config(**self.settings)
+
+
+OTHERS = (
+    Case("attentive_pool", {"feature": "cls.2"}),
+    Case("clip_fsar", {"metric": "bi_mhm", "shots": "dist_mean", "score": "ensemble"}),
+    Case("clip_fsar", {"metric": "trx", "score": "text"}),
+    Case("continuous_prompts", {"form": "table", "positions": "published", "prefix": 3, "postfix": 2}),
+    Case("continuous_prompts", {"layers": 0, "prefix": 2, "postfix": 0, "checkpoint": True}),
+    Case("evl_decoder", {"n_layers": 2, "cross_frame": False, "temporal_conv": False, "qkv_dim": 16}),
+    Case("evl_decoder", {"n_layers": 1, "temporal_position": False, "query": "intended"}),
+    Case("ez_clip", {"reach": -2}),
+    Case("ez_clip", {"reach": -2, "compact": True}),
+    Case("ez_clip", {"reach": 2, "prompts": False, "temporal_adapters": True, "checkpoint": True}),
+    Case("ez_clip", {"deep": False, "temporal_embedding": True, "template": "actionclip"}),
+    Case("ez_clip", {"reach": -1}),
+    Case("linear_probe", {"feature": "embedding", "standardise": False}),
+    Case("m2_clip", {"reach": -1}),
+    Case("m2_clip", {"reach": -2, "places": "both", "scores": "mean", "checkpoint": True}),
+    Case("m2_clip", {"reach": 2, "scores": "classifier", "masked_share": 0.0, "double_softmax": True}),
+    Case("m2_clip", {"reach": -1, "text_init": "original", "masked_contrastive": True, "text_layers": 2}),
+    Case("ma_clip", {"reach": -2, "metric": "bi_mhm", "shots": "dist_mean"}),
+    Case("ma_clip", {"reach": -1, "alpha": 0.2}),
+    Case("ma_clip", {"reach": 1, "names": False, "checkpoint": True}),
+    Case("mean_pool", {"normalise_frames": False}),
+    Case("prototypes", {"metric": "bi_mhm", "shots": "proto_mean", "feature": "cls.-1", "normalise": False}),
+    Case("temporal_transformer", {"classifier": "text", "positions": "published", "layers": 2}),
+    Case("trx", {"cardinalities": (1,), "positions": "published"}),
+)
+ALL = [Case(name) for name in heads.names()] + list(OTHERS)
+CLASSIFIERS = [case for case in ALL if "classify" in case.head.tasks]
+EPISODIC = [case for case in ALL if "episodes" in case.head.tasks]
+
+
+def build(case, n_frames=8) -> Any:
+    """A head, every trained tensor away from the zeros and ones it may start at."""
     torch.manual_seed(0)
-    module = head.build(head.config(), context(n_frames)).eval()
+    module = case.head.build(case.config, context(n_frames)).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return module
 
 
-def batch_for(name, n_videos=3, n_frames=8):
-    head, generator = heads.find(name), torch.Generator().manual_seed(1)
+def batch_for(case, n_videos=3, n_frames=8):
+    generator = torch.Generator().manual_seed(1)
     features = {}
-    for feature in canonical_features(head.features(head.config()), SHAPE.layers):
+    for feature in canonical_features(case.head.features(case.config), SHAPE.layers):
         size = (n_videos, n_frames, *feature_shape(feature, SHAPE, SIZE_PX))
         if feature == "pixels":
             features[feature] = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
@@ -63,42 +112,36 @@ def batch_for(name, n_videos=3, n_frames=8):
     return FeatureBatch(features, mask, torch.arange(n_videos), tuple(map(str, range(n_videos))))
 
 
-def text_for(name):
-    head = heads.find(name)
+def text_for(case):
     embedding = nn.functional.normalize(
         torch.randn(5, SHAPE.embed_dim, generator=torch.Generator().manual_seed(2)), dim=-1
     )
-    return TextFeatures(CLASSES, ("{}",), embedding, 10.0, "sha") if head.needs_text(head.config()) else None
+    return TextFeatures(CLASSES, ("{}",), embedding, 10.0, "sha") if case.head.needs_text(case.config) else None
 
 
-ALL = heads.names()
-CLASSIFIERS = [name for name in ALL if "classify" in heads.find(name).tasks]
-EPISODIC = [name for name in ALL if "episodes" in heads.find(name).tasks]
-
-
-def scores(name, module, batch):
+def scores(case, module, batch):
     """Logits of a classifier; for an episodic head the first video against the others, each a class of one shot."""
-    if name in CLASSIFIERS:
-        return module(batch, text_for(name)).logits
-    rows, text = torch.arange(len(batch)), text_for(name)
+    if case in CLASSIFIERS:
+        return module(batch, text_for(case)).logits
+    rows, text = torch.arange(len(batch)), text_for(case)
     names = None if text is None else text.embedding[batch.labels][None]
     return module.episode_logits(batch, rows[None, :, None], rows[None], names)[0]
 
 
-def outputs_of_training(name, module, batch):
+def outputs_of_training(case, module, batch):
     """Everything a training step looks at: a classifier's scores and losses, or those of an episode."""
-    if name in CLASSIFIERS:
-        return module(batch, text_for(name))
+    if case in CLASSIFIERS:
+        return module(batch, text_for(case))
     rows = torch.arange(len(batch))
     episodes = Episodes(batch, rows[None, :, None], rows[None], batch.labels[None], rows[None])
-    return module(episodes, text_for(name))
+    return module(episodes, text_for(case))
 
 
 def changed(batch, function):
     return replace(batch, features={name: function(feature) for name, feature in batch.features.items()})
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", heads.names())
 def test_says_what_it_is(name):
     head = heads.find(name)
     module = importlib.import_module(f"coldframe.train_heads.heads.{name}")
@@ -111,11 +154,11 @@ def test_says_what_it_is(name):
     canonical_features(head.features(head.config()), SHAPE.layers)  # raises for a feature that no tower has
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
 @pytest.mark.parametrize("n_videos", [1, 3])
 @pytest.mark.parametrize("n_frames", [1, 8])
-def test_classifiers_give_a_score_for_each_class(name, n_videos, n_frames):
-    output = build(name, n_frames)(batch_for(name, n_videos, n_frames), text_for(name))
+def test_classifiers_give_a_score_for_each_class(case, n_videos, n_frames):
+    output = build(case, n_frames)(batch_for(case, n_videos, n_frames), text_for(case))
     assert isinstance(output, HeadOutput)
     assert output.logits is not None
     assert output.logits.shape == (n_videos, len(CLASSES))
@@ -124,10 +167,10 @@ def test_classifiers_give_a_score_for_each_class(name, n_videos, n_frames):
     assert all(term.shape == () for term in output.losses.values())
 
 
-@pytest.mark.parametrize("name", EPISODIC)
+@pytest.mark.parametrize("case", EPISODIC, ids=str)
 @pytest.mark.parametrize("n_frames", [1, 8])
-def test_episodic_heads_give_a_score_for_each_way(name, n_frames):
-    module, bank = build(name, n_frames), batch_for(name, 9, n_frames)
+def test_episodic_heads_give_a_score_for_each_way(case, n_frames):
+    module, bank = build(case, n_frames), batch_for(case, 9, n_frames)
     assert isinstance(module.uses_class_names, bool)
     assert isinstance(module.is_transductive, bool)
     text = torch.randn(4, 3, SHAPE.embed_dim) if module.uses_class_names else None
@@ -137,14 +180,14 @@ def test_episodic_heads_give_a_score_for_each_way(name, n_frames):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_what_is_trained_can_be_trained(name):
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_what_is_trained_can_be_trained(case):
     """A gradient reaches every trained parameter and no weight of the tower; a head that is not trained has none."""
-    module, head = build(name), heads.find(name)
+    module = build(case)
     trained = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
-    assert bool(trained) == head.is_trained
+    assert bool(trained) == case.head.is_trained
     if trained:
-        output = outputs_of_training(name, module, batch_for(name))
+        output = outputs_of_training(case, module, batch_for(case))
         sum(output.losses.values(), output.logits.logsumexp(-1).square().sum()).backward()
         untouched = {key for key, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()}
         # The bias of attention keys adds the same to every score of a query and cancels in the softmax. A head may say
@@ -153,30 +196,30 @@ def test_what_is_trained_can_be_trained(name):
     assert all(parameter.grad is None for parameter in tower().model.parameters())
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("case", ALL, ids=str)
 @pytest.mark.parametrize("is_training", [False, True])
-def test_inputs_are_left_as_they_were(name, is_training):
-    module, batch = build(name).train(is_training), batch_for(name)
+def test_inputs_are_left_as_they_were(case, is_training):
+    module, batch = build(case).train(is_training), batch_for(case)
     before = {feature: tensor.clone() for feature, tensor in batch.features.items()}
     mask = batch.mask.clone()
-    scores(name, module, batch)
+    scores(case, module, batch)
     assert torch.equal(batch.mask, mask)
     for feature, tensor in batch.features.items():
         assert torch.equal(tensor, before[feature])
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_order_of_videos_is_the_order_of_scores(name):
-    module, batch, order = build(name), batch_for(name), torch.tensor([2, 0, 1])
-    expected = scores(name, module, batch)[order]
-    if name in EPISODIC:
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_order_of_videos_is_the_order_of_scores(case):
+    module, batch, order = build(case), batch_for(case), torch.tensor([2, 0, 1])
+    expected = scores(case, module, batch)[order]
+    if case in EPISODIC:
         expected = expected[:, order]  # the ways are permuted as well
-    torch.testing.assert_close(scores(name, module, batch.select(order)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores(case, module, batch.select(order)), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_masked_frames_have_no_influence(name):
-    module, batch = build(name), batch_for(name)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_masked_frames_have_no_influence(case):
+    module, batch = build(case), batch_for(case)
     batch.mask[0, 5:] = False
     batch.mask[1, 1:] = False
     padding = ~batch.mask
@@ -186,17 +229,40 @@ def test_masked_frames_have_no_influence(name):
             fill = min(value, 255) if feature.dtype == torch.uint8 else value
             return feature.masked_fill(padding.view(*padding.shape, *[1] * (feature.ndim - 2)), fill)
 
-        return scores(name, module, changed(batch, pad))
+        return scores(case, module, changed(batch, pad))
 
     torch.testing.assert_close(padded_with(1e4), padded_with(0), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_trained_tensors_are_all_that_a_head_remembers(name):
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_trained_tensors_are_all_that_a_head_remembers(case):
     """Put into a head built anew, they make the same head."""
-    module, head = build(name), heads.find(name)
+    module = build(case)
     torch.manual_seed(9)
-    again = head.build(head.config(), context()).eval()
+    again = case.head.build(case.config, context()).eval()
     assert not again.load_state_dict(trained_tensors(module), strict=False).unexpected_keys
-    batch = batch_for(name)
-    assert torch.equal(scores(name, again, batch), scores(name, module, batch))
+    batch = batch_for(case)
+    assert torch.equal(scores(case, again, batch), scores(case, module, batch))
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_a_step_of_less_precision_is_near_one_of_float32(case):
+    """Scores, losses and gradients; class texts that are kept are not kept in less."""
+    module, batch = build(case), batch_for(case)
+    wanted = scores(case, module, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scores(case, module, batch).float()
+        with torch.no_grad():
+            scores(case, module, batch)
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max().clamp_min(1)
+    with torch.no_grad():
+        torch.testing.assert_close(scores(case, module, batch), wanted, atol=1e-5, rtol=1e-5)
+    if case.head.is_trained:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = outputs_of_training(case, module.train(), batch)
+        logits = () if output.logits is None else (output.logits.float().logsumexp(-1).sum(),)
+        assert all(term.dtype == torch.float32 for term in output.losses.values())
+        sum((*output.losses.values(), *logits), torch.zeros(())).backward()
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        assert gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)
