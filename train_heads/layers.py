@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize, rms_norm
 
-from ..data_manifests.errors import ConfigError
 from ..extract.specs import SpecMismatch
+from .limits import require_heads
 
 POSITION_STD = {"matched": 1.0, "published": 0.01}  # of the table of a FrameTransformer
 
@@ -97,12 +97,7 @@ class FrameTransformer(nn.Module):
     ) -> None:
         """Draw a module for up to `n_frames` embeddings; raises ConfigError if the heads cannot share the width."""
         super().__init__()
-        if width % heads:
-            raise ConfigError(
-                "the temporal transformer cannot share its width between its heads",
-                seen=f"{width} over {heads}",
-                fix=f"Set heads to a number that divides {width}.",
-            )
+        require_heads(width, heads, "the temporal transformer")
         self.is_scaled = positions == "matched"
         self.position = nn.Parameter(torch.randn(n_frames, width) * POSITION_STD[positions])
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(layers))

@@ -21,6 +21,7 @@ from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.specs import canonical_feature, feature_shape
 from ...extract.text import TextFeatures
+from ..limits import require_at_least, require_heads, require_rate
 from ..specs import HeadContext, HeadOutput, HeadSpec
 
 
@@ -40,10 +41,8 @@ class Config:
                 seen=f"feature={self.feature!r}",
                 wanted="tokens.<k>, cls.<k> or embedding",
             )
-        if self.heads < 1:
-            raise ConfigError("impossible heads", seen=self.heads, wanted="at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("impossible dropout", seen=self.dropout, wanted="at least 0 and below 1")
+        require_at_least(1, self, "heads")
+        require_rate(self, "dropout")
 
 
 class AttentivePool(nn.Module):
@@ -51,12 +50,7 @@ class AttentivePool(nn.Module):
 
     def __init__(self, feature: str, width: int, n_classes: int, heads: int, dropout: float) -> None:
         super().__init__()
-        if width % heads:
-            raise ConfigError(
-                "attentive_pool cannot share its width between its heads",
-                seen=f"{width} over {heads}",
-                fix=f"Set heads to a number that divides {width}.",
-            )
+        require_heads(width, heads, "attentive_pool")
         self.feature, self.heads = feature, heads
         self.query = nn.Parameter(torch.zeros(heads, width))
         self.value = nn.Linear(width, width)

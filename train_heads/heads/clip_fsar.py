@@ -16,12 +16,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
 from ..clips import Clips, Supports
 from ..comparisons import SHOTS, build_comparison, require_comparison
 from ..layers import cosines, masked_mean
+from ..limits import require_at_least, require_choice, require_heads, require_rate, require_share
 from ..specs import Episodes, HeadContext, HeadOutput, HeadSpec
 
 SCORES = ("metric", "ensemble", "text")
@@ -47,16 +47,11 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse words that mean nothing here, and impossible numbers."""
         require_comparison(self.metric, self.shots, self.lam, fusions=("merged", *SHOTS))
-        if self.score not in SCORES:
-            raise ConfigError("no such score", seen=self.score, wanted=" or ".join(SCORES))
-        for name, least in (("heads", 1), ("hidden", 1), ("class_loss", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"impossible {name}", seen=value, wanted=f"at least {least}")
-        for name in ("dropout", "mlp_dropout"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ConfigError(f"impossible {name}", seen=value, wanted="at least 0 and below 1")
-        if not 0 <= self.text_share <= 1:
-            raise ConfigError("impossible text_share", seen=self.text_share, wanted="0 to 1")
+        require_choice(self, "score", SCORES)
+        require_at_least(1, self, "heads", "hidden")
+        require_at_least(0, self, "class_loss")
+        require_rate(self, "dropout", "mlp_dropout")
+        require_share(self, "text_share")
 
 
 class ClipFsar(nn.Module):
@@ -136,12 +131,7 @@ class ContextLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, mlp_dropout: float) -> None:
         super().__init__()
-        if width % heads:
-            raise ConfigError(
-                "clip_fsar cannot share its width between its heads",
-                seen=f"{width} over {heads}",
-                fix=f"Set heads to a number that divides {width}.",
-            )
+        require_heads(width, heads, "clip_fsar")
         self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))

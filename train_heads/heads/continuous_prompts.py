@@ -33,6 +33,7 @@ from ...extract.towers import TEXTS_AT_ONCE, Tower
 from ..class_texts import Kept
 from ..layers import POSITION_STD, FrameTransformer, cosines, masked_mean
 from ..layouts import back_to_theirs, renamed, stretched
+from ..limits import require_at_least, require_choice, require_rate
 from ..specs import HeadContext, HeadOutput, HeadSpec, Official
 
 FORMS = ("free", "table")
@@ -57,23 +58,17 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse words that mean nothing here, and impossible numbers."""
-        for name in ("prefix", "postfix", "layers", "n_contrast"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"impossible {name}", seen=getattr(self, name), wanted="at least 0")
+        require_at_least(0, self, "prefix", "postfix", "layers", "n_contrast")
+        require_at_least(1, self, "heads")
+        require_rate(self, "dropout")
+        require_choice(self, "form", FORMS)
+        require_choice(self, "positions", POSITION_STD)
         if self.prefix + self.postfix == 0:
             raise ConfigError(
                 "there is no prompt without a vector",
                 seen="prefix=0, postfix=0",
                 fix="For the temporal module alone take temporal_transformer with classifier=text.",
             )
-        if self.form not in FORMS:
-            raise ConfigError("no such form of prompts", seen=self.form, wanted=" or ".join(FORMS))
-        if self.positions not in POSITION_STD:
-            raise ConfigError("no such scale of positions", seen=self.positions, wanted=" or ".join(POSITION_STD))
-        if self.heads < 1:
-            raise ConfigError("impossible heads", seen=self.heads, wanted="at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("impossible dropout", seen=self.dropout, wanted="at least 0 and below 1")
         if not self.logit_scale > 0:
             raise ConfigError("impossible logit_scale", seen=self.logit_scale, wanted="above 0")
 

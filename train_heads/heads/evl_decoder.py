@@ -26,6 +26,7 @@ from ...extract.text import TextFeatures
 from ...extract.towers import QueryKey
 from ..layers import QuickGELU, of_frames
 from ..layouts import back_to_theirs, renamed, stretched
+from ..limits import require_at_least, require_choice, require_rate
 from ..specs import HeadContext, HeadOutput, HeadSpec, Official
 from ..token_functions import add_displacement, add_neighbours, bin_by_displacement, mix_normalised
 
@@ -49,18 +50,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        if self.n_layers < 1:
-            raise ConfigError("a decoder has at least one layer", seen=f"n_layers={self.n_layers}")
-        if self.mlp_ratio < 1:
-            raise ConfigError("impossible mlp_ratio", seen=self.mlp_ratio, wanted="at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("impossible dropout", seen=self.dropout, wanted="at least 0 and below 1")
-        if self.qkv_dim is not None and self.qkv_dim < 1:
-            raise ConfigError("impossible qkv_dim", seen=self.qkv_dim, wanted="at least 1")
-        if self.positions not in POSITION_STD:
-            raise ConfigError("no such draw of positions", seen=self.positions, wanted=" or ".join(POSITION_STD))
-        if self.query not in QUERY_STD:
-            raise ConfigError("no such draw of the query", seen=self.query, wanted=" or ".join(QUERY_STD))
+        require_at_least(1, self, "n_layers", "mlp_ratio", "qkv_dim")
+        require_rate(self, "dropout")
+        require_choice(self, "positions", POSITION_STD)
+        require_choice(self, "query", QUERY_STD)
 
     @property
     def tokens(self) -> tuple[str, ...]:

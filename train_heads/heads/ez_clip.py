@@ -34,6 +34,7 @@ from ...extract.text import TextFeatures
 from ..class_texts import ACTIONCLIP, TEMPLATES, AdaptedTexts, from_descriptions, from_templates
 from ..layers import Adapter, DropPath, cosines, masked_mean, of_frames
 from ..layouts import back_to_theirs, renamed, stretched
+from ..limits import require_at_least, require_rate
 from ..losses import motion_loss, same_class_contrastive
 from ..reach import Reach, reached_feature
 from ..specs import HeadContext, HeadOutput, HeadSpec, Official
@@ -47,9 +48,7 @@ class Config:
     compact: bool = False  # of a reach of -2: read summary.-2 in the place of the tokens, which is the same
     prompts: bool = True  # a token a frame that has looked at the other frames
     deep: bool = True  # a prompt in every changed block, or in the first alone
-    temporal_adapters: bool = (
-        False  # the frozen attention along time at every place, with an adapter, instead of prompts
-    )
+    temporal_adapters: bool = False  # instead of prompts: frozen attention along time at every place, adapted
     adapter_ratio: int = 4  # width of a tower over that of its adapters' bottlenecks
     temporal_embedding: bool = False  # a frozen shift of each frame before ln_pre, of files in which it is not zero
     motion_weight: float = 1.0
@@ -74,13 +73,9 @@ class Config:
             )
         if self.temporal_embedding and self.reach != 0:
             raise ConfigError("frames are shifted before the first block", seen=f"reach={self.reach}", wanted="reach=0")
-        if self.adapter_ratio < 1:
-            raise ConfigError("impossible adapter_ratio", seen=self.adapter_ratio, wanted="at least 1")
-        if self.motion_weight < 0:
-            raise ConfigError("impossible motion_weight", seen=self.motion_weight, wanted="at least 0")
-        for name in ("drop_path", "prompt_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"impossible {name}", seen=getattr(self, name), wanted="at least 0 and below 1")
+        require_at_least(1, self, "adapter_ratio")
+        require_at_least(0, self, "motion_weight")
+        require_rate(self, "drop_path", "prompt_dropout")
         if self.template != ACTIONCLIP and "{}" not in self.template:
             wanted = f"a sentence with {{}} where the class name goes, or {ACTIONCLIP}"
             raise ConfigError("no class name would be in the template", seen=repr(self.template), wanted=wanted)

@@ -31,6 +31,7 @@ from .. import m2_clip_layout as layout
 from ..class_texts import from_templates
 from ..layers import cosines, masked_mean
 from ..layouts import back_to_theirs, renamed
+from ..limits import require_at_least, require_choice, require_rate, require_share
 from ..losses import same_class_contrastive
 from ..masked_words import MaskedSentences, WordDecoder, masked_places, masked_word_loss, vocabulary
 from ..reach import Reach, reached_feature
@@ -65,15 +66,10 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
         for name, choices in (("places", PLACES), ("text_init", INITS), ("scores", SCORES)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"no such {name}", seen=getattr(self, name), wanted=" or ".join(choices))
-        for name in ("width", "text_layers", "n_words"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"impossible {name}", seen=value, wanted="at least 1")
-        for name in ("dropout", "masked_share", "text_blend", "text_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"impossible {name}", seen=getattr(self, name), wanted="0 to 1")
+            require_choice(self, name, choices)
+        require_at_least(1, self, "width", "text_layers", "n_words")
+        require_rate(self, "dropout")
+        require_share(self, "masked_share", "text_blend", "text_lr")
         if "{}" not in self.template:
             raise ConfigError("a template is a sentence with {} where the class name goes", seen=self.template)
         if self.masked_contrastive and not self.masked_share:

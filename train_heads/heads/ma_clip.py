@@ -25,13 +25,13 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, rms_norm
 
-from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.blocks import Block, Insert
 from ...extract.text import TextFeatures
 from ..clips import Clips, Supports, gather
 from ..comparisons import build_comparison, require_comparison
 from ..layers import Adapter, cosines, masked_mean, of_frames
+from ..limits import require_at_least, require_heads, require_rate, require_share
 from ..reach import Reach, reached_feature
 from ..specs import Episodes, HeadContext, HeadOutput, HeadSpec
 
@@ -61,14 +61,9 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse words that mean nothing here, and impossible numbers."""
         require_comparison(self.metric, self.shots, self.lam)
-        for name in ("adapter_ratio", "heads", "hidden"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"impossible {name}", seen=value, wanted="at least 1")
-        for name in ("dropout", "mlp_dropout"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ConfigError(f"impossible {name}", seen=value, wanted="at least 0 and below 1")
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError("impossible alpha", seen=self.alpha, wanted="0 to 1")
+        require_at_least(1, self, "adapter_ratio", "heads", "hidden")
+        require_rate(self, "dropout", "mlp_dropout")
+        require_share(self, "alpha")
 
 
 class MaClip(nn.Module):
@@ -226,12 +221,7 @@ class PrototypeLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, mlp_dropout: float) -> None:
         super().__init__()
-        if width % heads:
-            raise ConfigError(
-                "ma_clip cannot share its width between its heads",
-                seen=f"{width} over {heads}",
-                fix=f"Set heads to a number that divides {width}.",
-            )
+        require_heads(width, heads, "ma_clip")
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.dropout = nn.Dropout(dropout)
         self.mlp = nn.Sequential(

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
 from ..layers import POSITION_STD, FrameTransformer, cosines, masked_mean
+from ..limits import require_at_least, require_choice, require_rate
 from ..specs import HeadContext, HeadOutput, HeadSpec
 
 
@@ -34,16 +34,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse words that mean nothing here, and impossible numbers."""
-        if self.positions not in POSITION_STD:
-            raise ConfigError("no such scale of positions", seen=self.positions, wanted=" or ".join(POSITION_STD))
-        if self.classifier not in ("linear", "text"):
-            raise ConfigError("no such classifier", seen=self.classifier, wanted="linear or text")
-        if self.layers < 1:
-            raise ConfigError("a transformer has at least one layer", seen=self.layers)
-        if self.heads < 1:
-            raise ConfigError("impossible heads", seen=self.heads, wanted="at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("impossible dropout", seen=self.dropout, wanted="at least 0 and below 1")
+        require_choice(self, "positions", POSITION_STD)
+        require_choice(self, "classifier", ("linear", "text"))
+        require_at_least(1, self, "layers", "heads")
+        require_rate(self, "dropout")
 
 
 class TemporalTransformer(nn.Module):

@@ -15,11 +15,11 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ..clips import Clips
 from ..comparisons import Alignment
 from ..layers import cosines, masked_mean
+from ..limits import require_at_least
 from ..specs import HeadSpec
 
 
@@ -33,7 +33,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
-        require_positive(self.alpha, self.beta, self.logit_scale)
+        require_at_least(0, self, "alpha", "beta", "logit_scale")
 
 
 class TipAdapter(nn.Module):
@@ -66,13 +66,6 @@ def video_of(batch: FeatureBatch) -> Tensor:
 def affinity(cosine: Tensor, beta: float) -> Tensor:
     """What a key has to say at a cosine: 1 where it is the video itself."""
     return torch.exp(-beta * (1 - cosine))
-
-
-def require_positive(alpha: float, beta: float, logit_scale: float) -> None:
-    """Refuse impossible numbers; raises ConfigError."""
-    for name, value in (("alpha", alpha), ("beta", beta), ("logit_scale", logit_scale)):
-        if value < 0:
-            raise ConfigError(f"impossible {name}", seen=value, wanted="at least 0")
 
 
 HEAD = HeadSpec(

@@ -21,12 +21,12 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
 from ..layers import cosines
+from ..limits import require_at_least
 from ..specs import HeadContext, HeadOutput, HeadSpec
-from .tip_adapter import affinity, require_positive, video_of
+from .tip_adapter import affinity, video_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
-        require_positive(self.alpha, self.beta, self.logit_scale)
-        if self.keys < 1:
-            raise ConfigError("impossible keys", seen=self.keys, wanted="at least 1")
+        require_at_least(1, self, "keys")
+        require_at_least(0, self, "alpha", "beta", "logit_scale")
 
 
 class TipAdapterF(nn.Module):

@@ -18,6 +18,7 @@ from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
 from ..clips import Clips
+from ..limits import require_at_least, require_choice, require_rate
 from ..relations import POSITIONS, TemporalRelations
 from ..specs import Episodes, HeadContext, HeadOutput, HeadSpec
 
@@ -35,12 +36,9 @@ class Config:
         """Refuse numbers and words that mean nothing here."""
         if not self.cardinalities or min(self.cardinalities) < 1:
             raise ConfigError("a tuple has at least one frame", seen=f"cardinalities={self.cardinalities}")
-        if self.hidden < 1:
-            raise ConfigError("impossible hidden", seen=self.hidden, wanted="at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("impossible dropout", seen=self.dropout, wanted="at least 0 and below 1")
-        if self.positions not in POSITIONS:
-            raise ConfigError("no such scale of positions", seen=self.positions, wanted=" or ".join(POSITIONS))
+        require_at_least(1, self, "hidden")
+        require_rate(self, "dropout")
+        require_choice(self, "positions", POSITIONS)
 
 
 class Trx(nn.Module):
