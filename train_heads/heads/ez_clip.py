@@ -115,7 +115,7 @@ class EZCLIP(nn.Module):
             for i, rate in enumerate(rates[self.reach.layer : shape.layers])
         )
         text_inserts = nn.ModuleList(
-            TextInsert(shape.text_width, config.adapter_ratio, rate) for rate in rates[: shape.text_layers]
+            AdapterInsert(shape.text_width, config.adapter_ratio, rate) for rate in rates[: shape.text_layers]
         )
         self.texts = AdaptedTexts(config.sentences(context.class_names), self.tower, text_inserts, config.checkpoint)
 
@@ -165,19 +165,38 @@ class EZCLIP(nn.Module):
         return logits.log_softmax(dim=-1).logsumexp(dim=0) - log(len(logits))
 
 
-class ImageInsert(Insert):
-    """What one image block is given: a token that looks along time, or an adapter there, and an adapter before the MLP."""
+class AdapterInsert(Insert):
+    """What a block of either tower is given: an adapter before the MLP; its branches are dropped at a rate."""
+
+    def __init__(self, width: int, adapter_ratio: int, rate: float) -> None:
+        super().__init__()
+        self.adapter, self.drop_path = Adapter(width, max(1, width // adapter_ratio)), DropPath(rate)
+
+    def after_attention(self, attended: Tensor) -> Tensor:
+        """Drop it for some videos, or sentences."""
+        return self.drop_path(attended)
+
+    def before_mlp(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The stream and what its adapter adds."""
+        return x + self.adapter(x)
+
+    def after_mlp(self, added: Tensor, normed: Tensor) -> Tensor:
+        """Drop it for some videos, or sentences."""
+        return self.drop_path(added)
+
+
+class ImageInsert(AdapterInsert):
+    """What an image block is given beside: a token that looks along time, or an adapter there."""
 
     def __init__(self, width: int, n_frames: int, config: Config, rate: float, has_prompt: bool) -> None:
-        super().__init__()
+        super().__init__(width, config.adapter_ratio, rate)
         hidden = max(1, width // config.adapter_ratio)
-        self.adapter = Adapter(width, hidden)
         self.temporal_adapter = Adapter(width, hidden) if config.temporal_adapters else None
         self.prompt = None
         if has_prompt:
             bound = sqrt(6 / (3 * 16 * 16 + width))  # Xavier's of a patch of 16 pixels, as published for every tower
             self.prompt = nn.Parameter(torch.empty(n_frames, width).uniform_(-bound, bound))
-        self.prompt_dropout, self.drop_path = nn.Dropout(config.prompt_dropout), DropPath(rate)
+        self.prompt_dropout = nn.Dropout(config.prompt_dropout)
 
     def before_attention(self, x: Tensor, block: Block, mask: Tensor | None) -> Tensor:
         """Add what the adapter makes of attention along time, at every place of a frame."""
@@ -200,38 +219,6 @@ class ImageInsert(Insert):
         assert self.prompt is not None
         asking = of_frames(self.prompt_dropout(self.prompt), mean.shape[1]) + mean
         return rearrange(self.drop_path(block.attend(asking, mask=mask)), "b t d -> b t 1 d")
-
-    def after_attention(self, attended: Tensor) -> Tensor:
-        """Drop it for some videos."""
-        return self.drop_path(attended)
-
-    def before_mlp(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The stream and what its adapter adds."""
-        return x + self.adapter(x)
-
-    def after_mlp(self, added: Tensor, normed: Tensor) -> Tensor:
-        """Drop it for some videos."""
-        return self.drop_path(added)
-
-
-class TextInsert(Insert):
-    """What one text block is given: an adapter before the MLP."""
-
-    def __init__(self, width: int, adapter_ratio: int, rate: float) -> None:
-        super().__init__()
-        self.adapter, self.drop_path = Adapter(width, max(1, width // adapter_ratio)), DropPath(rate)
-
-    def after_attention(self, attended: Tensor) -> Tensor:
-        """Drop it for some sentences."""
-        return self.drop_path(attended)
-
-    def before_mlp(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The stream and what its adapter adds."""
-        return x + self.adapter(x)
-
-    def after_mlp(self, added: Tensor, normed: Tensor) -> Tensor:
-        """Drop it for some sentences."""
-        return self.drop_path(added)
 
 
 def read_official(
