@@ -45,6 +45,13 @@ class Adapter(nn.Module):
         return self.up(gelu(self.down(x)))
 
 
+def mlp(width: int, hidden: int, dropout: float) -> nn.Sequential:
+    """The MLP of a transformer layer, [..., width] -> [..., width], with dropout behind both of its layers."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+    )
+
+
 class DropPath(nn.Module):
     """In training, leaves out the branch of a sample with probability `rate`, and scales up those that stay.
 

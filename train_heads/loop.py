@@ -104,10 +104,13 @@ def _train(runs: Sequence[Run], data: Data, seed: int, progress: Progress) -> No
 
 def _validate(runs: Sequence[Run], data: Data) -> None:
     """Score the runs, and end their epoch."""
+    if not runs:
+        return
+    device = runs[0].device
     for run in runs:
         run.head.eval()
-    for batch in data.val.batches(data.batch_size) if runs else ():
-        shared = batch.to(runs[0].device, torch.float32)
+    for batch in data.val.batches(data.batch_size, pin=device.type == "cuda"):
+        shared = batch.to(device, torch.float32)
         for run in runs:
             run.answer(shared)
     for run in runs:

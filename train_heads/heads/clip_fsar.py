@@ -20,7 +20,7 @@ from ...extract.batches import FeatureBatch
 from ...extract.text import TextFeatures
 from ..clips import Clips, Supports
 from ..comparisons import SHOTS, build_comparison, require_comparison
-from ..layers import cosines, masked_mean
+from ..layers import cosines, masked_mean, mlp
 from ..limits import require_at_least, require_choice, require_heads, require_rate, require_share
 from ..specs import Episodes, HeadContext, HeadOutput, HeadSpec
 
@@ -136,13 +136,7 @@ class ContextLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.GELU(),
-            nn.Dropout(mlp_dropout),
-            nn.Linear(hidden, width),
-            nn.Dropout(mlp_dropout),
-        )
+        self.mlp = mlp(width, hidden, mlp_dropout)
 
     def of_clips(self, clips: Clips, text: Tensor | None = None) -> Clips:
         """Frames [V, T, E] that have read each other and, of supports, the text of their class [V, E], the last token."""

@@ -30,7 +30,7 @@ from ...extract.blocks import Block, Insert
 from ...extract.text import TextFeatures
 from ..clips import Clips, Supports, gather
 from ..comparisons import build_comparison, require_comparison
-from ..layers import Adapter, cosines, masked_mean, of_frames
+from ..layers import Adapter, cosines, masked_mean, mlp, of_frames
 from ..limits import require_at_least, require_heads, require_rate, require_share
 from ..reach import Reach, reached_feature
 from ..specs import Episodes, HeadContext, HeadOutput, HeadSpec
@@ -224,13 +224,7 @@ class PrototypeLayer(nn.Module):
         require_heads(width, heads, "ma_clip")
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.dropout = nn.Dropout(dropout)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.GELU(),
-            nn.Dropout(mlp_dropout),
-            nn.Linear(hidden, width),
-            nn.Dropout(mlp_dropout),
-        )
+        self.mlp = mlp(width, hidden, mlp_dropout)
 
     def forward(self, clips: Clips, text: Tensor | None = None) -> Clips:
         """Frames [U, T, E], of supports with texts [U, E] at unit RMS, to frames [U, T, E]."""
