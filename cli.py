@@ -606,7 +606,9 @@ def evaluate(
     store: Store,
     manifest: ManifestFile = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A run of train-head.", **LOCAL)] = None,
-    head: Annotated[str | None, typer.Option(help="A head that needs no training: mean_pool, prototypes.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="A head that needs no training: mean_pool, prototypes, tip_adapter.")
+    ] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="A setting of the untrained head, key=value.")] = None,
     split: Annotated[str, typer.Option(help="The split that is scored.")] = "test",
     captions: Captions = False,
@@ -980,6 +982,10 @@ def recipe_file(config: str | None, is_short: bool, sets: list[str]) -> tuple[Pa
     """The file that --config means, a recipe's where no such file is there, and the settings that go over it."""
     from coldframe.train_heads.recipes import find, names
 
+    if config is None and is_short:
+        raise ConfigError(
+            "--short is the short form of a recipe", fix="Name the recipe: --config, of `coldframe recipes`."
+        )
     if config is None or (not is_short and (Path(config).exists() or config not in names())):
         return (Path(config) if config else None), sets
     recipe = find(config)

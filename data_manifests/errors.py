@@ -21,6 +21,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_LISTED = 40  # names in a message
+
 
 class ColdframeError(Exception):
     """A mistake that the user can mend; its text is one line that says how."""
@@ -47,6 +49,7 @@ class UnknownName(ColdframeError, LookupError):
         """Name the kind of thing, what was asked for, and what there is."""
         known = sorted(choices)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known[:40])}."
+        more = f" and {len(known) - MOST_LISTED} more" if len(known) > MOST_LISTED else ""
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known[:MOST_LISTED])}{more}."
         super().__init__(f"no {kind} is named {name!r}", fix=hint)
         self.near = near

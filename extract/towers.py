@@ -31,6 +31,7 @@ from .weights import TowerError, weights_sha256
 __all__ = ["QueryKey", "Tower", "TowerError", "load_tower"]
 
 TEXTS_AT_ONCE = 256
+SHOWN = 60  # characters of a text in a message
 
 
 def load_tower(
@@ -297,8 +298,8 @@ class Tower:
         if too_long:
             raise ConfigError(
                 f"{len(too_long)} text(s) exceed the {length} tokens that {self.spec.model} reads",
-                seen="; ".join(map(repr, too_long[:3])),
-                fix="Shorten the class names or the templates.",
+                seen="; ".join(repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}…") for text in too_long[:3]),
+                fix="Shorten the class names, their descriptions or the templates.",
             )
         n_known = getattr(_text_tower(self.model), "vocab_size", None)
         if n_known is not None and ids.numel() and int(ids.max()) >= n_known:

@@ -92,7 +92,9 @@ def _read(path: Path) -> tuple[object, bool]:
             return torch.jit.load(path, map_location="cpu").state_dict(), True
     if not start.startswith((b"PK", b"\x80")):
         raise ValueError("neither safetensors nor a file of torch.save")
-    return torch.load(path, map_location="cpu", weights_only=True), False
+    with warnings.catch_warnings():  # that a pickle is of another protocol: it is read, or refused in our words
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True), False
 
 
 def _describe(found: Mapping) -> str:

@@ -335,6 +335,24 @@ def test_a_sweep_prints_its_table_and_its_runs_are_checkpoints(run, store: Path)
     )
 
 
+def test_the_short_form_of_no_recipe_is_refused(run, store: Path) -> None:
+    refused(run("train-head", "mean_pool", "--store", store, "--out", "r", "--short"), "--config")
+
+
+def test_a_sweep_of_no_head_is_refused(run, store: Path) -> None:
+    refused(run("sweep", ",", "--store", store, "--out", "r"), "HEAD,HEAD")
+
+
+def test_a_list_that_is_cut_says_so(run) -> None:
+    refused(run("recipes", "xyzzy"), "There are: ", " more.")
+
+
+@pytest.mark.parametrize("reach", [9, -99])
+def test_a_reach_that_the_tower_has_not_is_refused_by_its_name(run, store: Path, reach: int) -> None:
+    words = ("train-head", "ez_clip", "--store", store, "--out", "r", "--set", f"reach={reach}")
+    refused(run(*words), "impossible reach into a tower of 4 blocks", f"found {reach}")
+
+
 def test_eval_wants_one_head(run, store: Path) -> None:
     refused(run("eval", "closed_set", "--store", store), "--checkpoint", "--head")
 

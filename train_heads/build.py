@@ -70,11 +70,15 @@ def needed_features(name: str, config: Any, store: FeatureStore) -> tuple[str, .
 
     Raises:
         UnknownName: no such head or feature.
-        ConfigError: blocks counted from the last, of a tower that nobody knows.
+        ConfigError: blocks counted from the last, of a tower that nobody knows, or more than the tower has.
     """
     wanted, layers = find(name).features(config), store.shape.layers
     if store.spec.tower.model == IMPORTED and not layers and any(".-" in feature for feature in wanted):
         raise _unknown_tower(f"{name} needs {', '.join(wanted)}", store.features)
+    reach = getattr(config, "reach", 0)
+    if layers and not -layers - 1 <= reach <= layers:
+        last = f"0 … {layers}, or from the end -1 … {-layers - 1}"
+        raise ConfigError(f"impossible reach into a tower of {layers} blocks", seen=reach, wanted=last)
     return canonical_features(wanted, layers)
 
 

@@ -124,7 +124,7 @@ def from_descriptions(class_names: Sequence[str], path: Path) -> list[list[str]]
     A name is found as it is spelt, or else as it reads: `brush_hair` finds `Brush hair`.
 
     Raises:
-        ConfigError: the file cannot be read or lacks a column, or a class has no description.
+        ConfigError: the file cannot be read or lacks a column, or a class has no description or two that differ.
     """
     found = _read(path)
     as_read = {readable(name).casefold(): text for name, text in found.items()}
@@ -153,4 +153,10 @@ def _read(path: Path) -> dict[str, str]:
         wanted = f"the columns name and {TEXT_COLUMN}"
         raise ConfigError(f"{path} has no class descriptions", seen=", ".join(header) or "an empty file", wanted=wanted)
     name, text = header.index(names[0]), header.index(TEXT_COLUMN)
-    return {row[name].strip(): row[text].strip() for row in rows[1:] if len(row) > max(name, text)}
+    found: dict[str, str] = {}
+    for row in rows[1:]:
+        if len(row) > max(name, text):
+            label, words = row[name].strip(), row[text].strip()
+            if found.setdefault(label, words) != words:
+                raise ConfigError(f"{path} describes {label!r} in two ways", fix="Keep one row for each class.")
+    return found

@@ -60,7 +60,8 @@ def fit(
 ) -> None:
     """Train runs side by side until each has had its epochs; what one run does changes no bit of another.
 
-    A run whose loss or gradient is not finite gets it as its `error`, and the others go on. The runs share a device.
+    A run whose loss, of training or validation, or gradient is not finite gets it as its `error`, and the others go on.
+    The runs share a device.
 
     Args:
         ended: told of each run as soon as it has ended, or diverged.
@@ -113,14 +114,13 @@ def _validate(runs: Sequence[Run], data: Data) -> None:
         shared = batch.to(device, torch.float32)
         for run in runs:
             run.answer(shared)
-    for run in runs:
-        run.end_epoch()
+    _without_diverged(runs, Run.end_epoch)
 
 
-def _without_diverged(runs: Sequence[Run]) -> list[Run]:
+def _without_diverged(runs: Sequence[Run], look: Callable[[Run], None] = Run.check) -> list[Run]:
     for run in runs:
         try:
-            run.check()
+            look(run)
         except DivergedError as error:
             run.error = error
     return [run for run in runs if run.error is None]

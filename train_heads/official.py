@@ -19,7 +19,7 @@ from ..data_manifests.errors import ConfigError
 from ..extract.specs import SpecMismatch
 from ..extract.store import FeatureStore
 from ..extract.towers import Tower
-from ..extract.weights import read_weights
+from ..extract.weights import TowerError, read_weights
 from .build import find_device, frozen_tower, head_context, needed_features
 from .checkpoint import Checkpoint, as_safetensors, save_checkpoint, write_whole
 from .heads import find, names
@@ -49,7 +49,8 @@ def import_checkpoint(
 
     Raises:
         ConfigError: no published layout of such a head, or the folder is in use.
-        TowerError: the file is damaged, or a pickle of more than weights; nothing in it was run.
+        TowerError: the file is damaged, holds weights that are not finite, or is a pickle of more than weights;
+            nothing in it was run.
         SpecMismatch: tensors are missing, unknown or of another CLIP.
     """
     official = layout_of(system)
@@ -57,6 +58,12 @@ def import_checkpoint(
         raise ConfigError(f"{out} is in use", fix="Choose a folder that does not exist.")
     tower = frozen_tower(store.spec.tower, find_device("cpu"))
     weights = without_clip(read_weights(file).tensors, tower(), official.clip or "")
+    if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise TowerError(
+            f"{file} holds weights that are not finite numbers",
+            seen=f"{len(broken)} such tensors, first {broken[0]}",
+            fix="The training that wrote it diverged, or the file is damaged.",
+        )
     context = head_context(store, class_names, tower)
     config, state = official.read(weights, context, config)
     checkpoint = Checkpoint(

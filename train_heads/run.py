@@ -22,6 +22,7 @@ from .optim import build_optimiser, learning_rate, set_learning_rate
 from .randomness import Randomness
 from .specs import Episodes, HeadOutput, TrainSpec
 
+STEADIER = "Lower the learning rate (--set lr=…), clip (--set clip_norm=1), or use --set precision=fp32."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -153,7 +154,7 @@ class Run:
             raise DivergedError(
                 f"training diverged at step {self.epoch * self.n_batches + self._n_checked + first + 1}",
                 seen=f"loss {float(losses[first]):g}, gradient norm {float(norms[first]):g}",
-                fix="Lower the learning rate (--set lr=…), clip (--set clip_norm=1), or use --set precision=fp32.",
+                fix=STEADIER,
             )
         self._n_checked = len(self._losses)
 
@@ -167,10 +168,18 @@ class Run:
         self._tally.loss += float(cross_entropy(logits, labels, reduction="sum"))
 
     def end_epoch(self) -> None:
-        """Keep the weights if they are the best so far, and add to the history."""
+        """Keep the weights if they are the best so far, and add to the history.
+
+        Raises:
+            DivergedError: the loss of the validation set is not finite, as after a last step that went too far.
+        """
         scores = self._tally.scores()
+        step = (self.epoch + 1) * self.n_batches
+        if not math.isfinite(scores["loss"]):
+            raise DivergedError(
+                f"training diverged by the validation after step {step}", seen=f"loss {scores['loss']:g}", fix=STEADIER
+            )
         self.epoch += 1
-        step = self.epoch * self.n_batches
         if self.best is None or rank(scores) > rank(self.best.scores):
             weights = {name: tensor.clone() for name, tensor in trained_tensors(self.head).items()}
             self.best = Best(self.epoch, step, scores, weights)

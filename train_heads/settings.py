@@ -68,6 +68,8 @@ def variants(heads: Sequence[str], toml: Path | None = None, sets: Sequence[str]
     Raises:
         As `settings` does; a setting is unknown if none of the heads has it.
     """
+    if not heads:
+        raise ConfigError("no head is named", fix="Name one or several: HEAD,HEAD.")
     specs = {head: _specs(head) for head in heads}
     options: dict[str, dict[tuple[str, str], list[Any]]] = {head: {} for head in heads}
     named, given = _read(toml, heads)

@@ -112,7 +112,7 @@ def require_finite(scores: NDArray[np.float32], ids: NDArray[np.str_], head: str
         raise StoreError(
             f"{head} gave scores that are not finite numbers to {len(broken)} videos",
             seen=f"for example {broken[0]}",
-            fix="The store's bytes may be damaged: coldframe verify STORE",
+            fix="The store's bytes may be damaged (coldframe verify STORE), or the head's training went too far",
         )
 
 

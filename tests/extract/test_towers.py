@@ -271,6 +271,9 @@ def test_a_text_is_never_cut(tower: Tower) -> None:
     assert tower.tokenize([fits]).shape == (1, 77)
     with pytest.raises(ConfigError, match=r"1 text\(s\) exceed the 77 tokens.*'word word"):
         tower.tokenize(["short", fits + " word"])
+    with pytest.raises(ConfigError, match=r"found 'word[^']{56}…'; 'word") as caught:
+        tower.tokenize(["word " * 500, "word " * 400])
+    assert len(str(caught.value)) < 300
 
 
 def test_a_vocabulary_of_its_own_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def test_a_pickle_of_more_than_weights_is_refused_and_not_run(tmp_path: Path) ->
     torch.save({"visual.proj": Touch(tmp_path / "trace")}, tmp_path / "evil.pt")
     with pytest.raises(TowerError, match=r"could run code.*safetensors"):
         read_weights(tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(
+        pickle.dumps(Touch(tmp_path / "trace"), protocol=4)
+    )  # torch warns of protocol 4
+    with pytest.raises(TowerError, match="could run code"):
+        read_weights(tmp_path / "plain.pt")
     assert not (tmp_path / "trace").exists()
 
 

@@ -111,6 +111,7 @@ def test_descriptions_are_found_by_name(tmp_path, header):
         (None, "no descriptions at"),
         (b"", "an empty file"),
         (b"name,text\nrun,to run\n", "found name, text"),
+        (b"name,description\nrun,one\nrun,one\nrun,two\n", "in two ways"),
         (b"\xff\xfe\x00", "not a CSV in UTF-8"),
     ],
 )

@@ -207,6 +207,12 @@ def test_divergence_is_an_error_that_names_the_step(tmp_path):
         run(tmp_path / "lr", replace(SPEC, lr=1e30, warmup_epochs=0.0, epochs=30))
 
 
+def test_a_last_step_that_went_too_far_is_seen_by_the_validation(tmp_path, monkeypatch):
+    with pytest.raises(DivergedError, match="validation after step 8; found loss nan"):
+        run(tmp_path, SPEC, scores=[(0.5, 1.0), (0.9, math.nan), (0.7, 0.1)], monkeypatch=monkeypatch)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
+
+
 class Scale(nn.Module):
     """One weight whose loss is finite and whose gradient is not."""
 

@@ -138,6 +138,18 @@ def test_code_in_a_file_is_never_run(full_store: FeatureStore, tmp_path: Path) -
         )
 
 
+def test_weights_that_are_no_numbers_are_refused(run: Checkpoint, full_store: FeatureStore, tmp_path: Path) -> None:
+    for value in run.weights.values():
+        if value.is_floating_point():
+            value.fill_(torch.nan)
+    export_checkpoint(run, tmp_path / "nan.safetensors")
+    with pytest.raises(TowerError, match="not finite"):
+        import_checkpoint(
+            run.head, tmp_path / "nan.safetensors", full_store, run.class_names, run.config, tmp_path / "r"
+        )
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_folder_in_use_and_a_head_without_publication(full_store: FeatureStore, tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
