@@ -29,6 +29,7 @@ class FeatureBatch:
     mask: Tensor  # [B, T] bool
     labels: Tensor  # [B] int64; -1 where unknown
     video_ids: tuple[str, ...]
+    has_padding: bool | None = None  # whether the mask is False anywhere; None: look at it
 
     def __len__(self) -> int:
         return len(self.video_ids)
@@ -38,6 +39,12 @@ class FeatureBatch:
         if name not in self.features:
             raise UnknownName("feature in this batch", name, self.features)
         return self.features[name]
+
+    @property
+    def real(self) -> Tensor | None:
+        """The mask [B, T], or None where every frame is real."""
+        has_padding = not self.mask.all() if self.has_padding is None else self.has_padding
+        return self.mask if has_padding else None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move the batch; `dtype` converts the floating features (pixels stay uint8)."""
@@ -51,6 +58,7 @@ class FeatureBatch:
             features={name: moved(feature) for name, feature in self.features.items()},
             mask=self.mask.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            has_padding=self.real is not None,  # now: on an accelerator the look would wait for all that it has to do
         )
 
     def only(self, names: Iterable[str]) -> Self:

@@ -23,7 +23,7 @@ class Clips(NamedTuple):
     @classmethod
     def of(cls, bank: FeatureBatch, feature: str) -> Clips:
         """All videos of a bank, [V, T, E]."""
-        return cls(bank[feature], None if bank.mask.all() else bank.mask)
+        return cls(bank[feature], bank.real)
 
     def at(self, rows: Tensor) -> Clips:
         """The videos at rows [...] of a bank: frames [..., T, E]."""

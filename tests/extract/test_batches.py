@@ -51,6 +51,18 @@ def test_selected_rows_keep_together(dataset: FeatureDataset) -> None:
     assert torch.equal(part.mask, batch.mask[[7, 2, 7]])
 
 
+def test_padding_is_looked_for_before_a_batch_goes_to_a_device() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    batch = FeatureBatch({"embedding": torch.ones(2, 2, 3)}, mask, torch.arange(2), ("a", "b"))
+    whole = batch.select(torch.tensor([0]))
+    assert torch.equal(batch.real, mask)
+    assert whole.real is None
+    for one, has_padding in ((batch, True), (whole, False)):
+        there = one.to("meta")  # where nothing can be looked at
+        assert (there.real is not None) == has_padding
+        assert (there.only(["embedding"]).real is not None) == has_padding
+
+
 def test_a_dtype_is_given_to_floats_alone() -> None:
     features = {"embedding": torch.ones(2, 3, 4).half(), "pixels": torch.ones(2, 3, 3, 8, 8, dtype=torch.uint8)}
     batch = FeatureBatch(features, torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 1]), ("a", "b"))

@@ -94,7 +94,7 @@ class EVLDecoder(nn.Module):
     def decode(self, batch: FeatureBatch) -> tuple[Tensor, list[Tensor]]:
         """The refined query [B, D], and each layer's attention [B, heads, T, 1+N]."""
         stream = [batch[name].to(self.query.dtype) for name in self.features]  # each [B, T, 1+N, D]
-        if not batch.mask.all():  # the convolution reads the padding as the zeros after a video
+        if batch.real is not None:  # the convolution reads the padding as the zeros after a video
             stream = [tokens.masked_fill(~rearrange(batch.mask, "b t -> b t 1 1"), 0) for tokens in stream]
         above = stream[-len(self.layers) :]
         below = stream[: len(self.layers)]  # read by the cross-frame term alone, which asked for one block more

@@ -141,7 +141,7 @@ class EZCLIP(nn.Module):
             self.reach.tokens(batch, self.tower, offset),
             self.reach.layer,
             inserts=self.image,
-            mask=batch.mask,
+            mask=batch.real,
             class_token_only=True,
             checkpoint=self.config.checkpoint,
         )
@@ -153,9 +153,9 @@ class EZCLIP(nn.Module):
         assert isinstance(insert, ImageInsert)
         frame = unpack(batch[f"summary.{self.reach.layer}"], block.heads)
         with self.tower.working_precision():
-            extra = None if insert.prompt is None else insert.temporal_token(frame.mean, block, batch.mask)
+            extra = None if insert.prompt is None else insert.temporal_token(frame.mean, block, batch.real)
             class_token = rearrange(frame.class_token, "b t d -> b t 1 d")
-            return block.finish(class_token, attend(frame, extra, block), insert, batch.mask)
+            return block.finish(class_token, attend(frame, extra, block), insert, batch.real)
 
     def scores(self, video: Tensor) -> Tensor:
         """Logits [B, C] of videos [B, E]; of several sentences a class, the log of their mean probabilities."""

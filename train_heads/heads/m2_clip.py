@@ -124,7 +124,7 @@ class M2CLIP(nn.Module):
         Raises:
             ConfigError: in training, of a head that was built for other classes or words than it is to learn.
         """
-        mask = None if batch.mask.all() else batch.mask
+        mask = batch.real
         classes = self.class_tokens(batch, mask)
         frames = self.embed_frames(classes, mask)
         video = masked_mean(frames, batch.mask)

@@ -113,8 +113,7 @@ class MaClip(nn.Module):
             return Clips.of(bank, "embedding").at(rows)
         pieces = torch.arange(len(rows), device=rows.device).split(VIDEOS_AT_ONCE)
         done = [self.tower(bank.select(rows[piece]), None if text is None else text[piece]) for piece in pieces]
-        mask = None if bank.mask.all() else bank.mask[rows]
-        return Clips(torch.cat(done), mask)
+        return Clips(torch.cat(done), None if bank.real is None else bank.mask[rows])
 
     def _match(self, videos: Tensor, names: Tensor) -> Tensor:
         """Scaled cosines of videos [n, Q, E] with the names of their episode [n, W, E]: [n, Q, W]."""
@@ -174,7 +173,7 @@ class AdaptedTower(nn.Module):
             tokens if from_pixels else tokens + position,
             self.reach.layer,
             inserts=[TokensAndAdapters(adapters, text) for adapters in self.blocks],
-            mask=batch.mask,
+            mask=batch.real,
             class_token_only=True,
             checkpoint=self.checkpoint,
         )
