@@ -525,7 +525,7 @@ def import_checkpoint(
     opened = open_store(store)
     labels = None if classes else open_manifest(manifest, opened)
     class_names = labels.class_names if labels else read_lines(classes)
-    config = settings(system, None, sets or []).head
+    config = settings(system, None, of_the_head(sets or [])).head
     made_for = labels.fingerprint if labels else ""
     checkpoint = convert(system, file, opened, class_names, config, out, made_for)
     show(checkpoint.to_json(), f"{checkpoint.describe()}\nwritten to {out}", as_json)
@@ -1054,12 +1054,21 @@ def open_predictor(
     if checkpoint is not None and not (head or sets or templates):
         return load_checkpoint(checkpoint).predictor(store, labels.class_names, device)
     if checkpoint is None and head is not None:
-        config = settings(head, None, [f"head.{assignment.removeprefix('head.')}" for assignment in sets]).head
+        config = settings(head, None, of_the_head(sets)).head
         return untrained(store, labels.class_names, head, config, templates=templates or "video", device=device)
+    if checkpoint is not None and head is None:
+        raise ConfigError(
+            "a run knows its settings", fix="--metric, --set and --templates are for --head NAME; leave them away here."
+        )
     raise ConfigError(
         "eval scores one head",
         fix="Give either --checkpoint RUN, which knows its settings, or --head NAME with --metric, --set, --templates.",
     )
+
+
+def of_the_head(sets: Sequence[str]) -> list[str]:
+    """Assignments where only settings of the head have a meaning."""
+    return [f"head.{assignment.removeprefix('head.')}" for assignment in sets]
 
 
 def default_weights(model: str) -> str | None:

@@ -357,6 +357,11 @@ def test_eval_wants_one_head(run, store: Path) -> None:
     refused(run("eval", "closed_set", "--store", store), "--checkpoint", "--head")
 
 
+def test_eval_of_a_run_takes_no_settings(run, store: Path) -> None:
+    words = ("eval", "few_shot", "--store", store, "--checkpoint", "r", "--metric", "otam")
+    refused(run(*words), "a run knows its settings", "--metric")
+
+
 def test_too_few_classes_for_the_episodes(run, store: Path) -> None:
     assert EpisodeSpec().n_way == 5
     refused(run("eval", "few_shot", "--store", store, "--head", "prototypes"), "5", "2")

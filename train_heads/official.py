@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def import_checkpoint(
         out: a new folder.
 
     Raises:
-        ConfigError: no published layout of such a head, or the folder is in use.
+        ConfigError: no published layout of such a head, the folder is in use, or a setting that the tensors contradict.
         TowerError: the file is damaged, holds weights that are not finite, or is a pickle of more than weights;
             nothing in it was run.
         SpecMismatch: tensors are missing, unknown or of another CLIP.
@@ -65,7 +66,13 @@ def import_checkpoint(
             fix="The training that wrote it diverged, or the file is damaged.",
         )
     context = head_context(store, class_names, tower)
+    asked, default = asdict(config), asdict(find(system).config())
     config, state = official.read(weights, context, config)
+    for name, value in asdict(config).items():
+        if value != asked[name] != default[name]:
+            raise ConfigError(
+                f"the tensors tell {name}", seen=asked[name], wanted=value, fix=f"Leave --set {name} away."
+            )
     checkpoint = Checkpoint(
         head=system,
         config=config,

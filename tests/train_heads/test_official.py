@@ -138,6 +138,17 @@ def test_code_in_a_file_is_never_run(full_store: FeatureStore, tmp_path: Path) -
         )
 
 
+@pytest.mark.parametrize("run", ["evl_decoder"], indirect=True)
+def test_a_setting_that_the_tensors_contradict_is_refused(
+    full_store: FeatureStore, tmp_path: Path, run: Checkpoint
+) -> None:
+    export_checkpoint(run, tmp_path / "a.pth")
+    wrong = replace(run.config, n_layers=1)
+    with pytest.raises(ConfigError, match=r"tensors tell n_layers; found 1; expected 2"):
+        import_checkpoint(run.head, tmp_path / "a.pth", full_store, run.class_names, wrong, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
 def test_weights_that_are_no_numbers_are_refused(run: Checkpoint, full_store: FeatureStore, tmp_path: Path) -> None:
     for value in run.weights.values():
         if value.is_floating_point():
