@@ -8,12 +8,13 @@ never copied, so gradients flow through them to the inserts below and none reach
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from ..data_manifests.errors import ConfigError, UnknownName
@@ -110,6 +111,38 @@ class Block:
         flat = (part.reshape(-1, *part.shape[-3:]) for part in (q, k, v))
         mixed = scaled_dot_product_attention(*flat, attn_mask=allowed).reshape(*leading, *q.shape[-3:])
         return attn.out_proj(rearrange(mixed, "... h s d -> ... s (h d)"))
+
+    def query_key(self) -> QueryKey:
+        """Queries and keys of this block by themselves."""
+        norm, attn = self.module.ln_1, self.module.attn
+        rows = 2 * norm.weight.shape[0]  # in_proj holds queries, then keys, then values
+        return QueryKey(
+            ln_weight=norm.weight.detach(),
+            ln_bias=norm.bias.detach(),
+            weight=attn.in_proj_weight[:rows].detach(),
+            bias=attn.in_proj_bias[:rows].detach(),
+            heads=self.heads,
+            eps=norm.eps,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QueryKey:
+    """The frozen map from tokens.<k-1> to the queries and keys of block k, its tables in float32."""
+
+    ln_weight: Tensor  # [D]
+    ln_bias: Tensor  # [D]
+    weight: Tensor  # [2D, D], queries then keys
+    bias: Tensor  # [2D]
+    heads: int
+    eps: float
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [..., heads, D/heads] of tokens [..., D]: with bias, before scaling."""
+        normed = layer_norm(tokens.float(), self.ln_weight.shape, self.ln_weight, self.ln_bias, self.eps)
+        both = linear(normed, self.weight, self.bias)  # [..., 2D]
+        q, k = rearrange(both, "... (two h d) -> two ... h d", two=2, h=self.heads)
+        return q, k
 
 
 def open_block(blocks: Any, layer: int, model: str, causal: Tensor | None = None) -> Block:

@@ -9,26 +9,24 @@ always encoded in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data_manifests.errors import ConfigError, UnknownName
-from .blocks import Block, Inserts, expect_layers, open_block, run_blocks
+from .blocks import Block, Inserts, QueryKey, expect_layers, open_block, run_blocks
 from .pretrained import is_class_token_vit, load_model, tokenizer_of, transform_of, uses_quick_gelu
 from .specs import PRECISIONS, TowerShape, TowerSpec, canonical_features
 from .summary import pack, summarise
 from .text_tower import TextTower
 from .weights import TowerError, weights_sha256
 
-__all__ = ["QueryKey", "Tower", "TowerError", "load_tower"]
+__all__ = ["Tower", "TowerError", "load_tower"]
 
 TEXTS_AT_ONCE = 256
 SHOWN = 60  # characters of a text in a message
@@ -55,25 +53,6 @@ def load_tower(
     """
     module, name, weights = load_model(model, pretrained, seed)
     return Tower(module, name, weights, precision, device)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class QueryKey:
-    """The frozen map from tokens.<k-1> to the queries and keys of block k, in float32."""
-
-    ln_weight: Tensor  # [D]
-    ln_bias: Tensor  # [D]
-    weight: Tensor  # [2D, D], queries then keys
-    bias: Tensor  # [2D]
-    heads: int
-    eps: float
-
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys [..., heads, D/heads] of tokens [..., D]: with bias, before scaling."""
-        normed = F.layer_norm(tokens.float(), self.ln_weight.shape, self.ln_weight, self.ln_bias, self.eps)
-        both = F.linear(normed, self.weight, self.bias)  # [..., 2D]
-        q, k = rearrange(both, "... (two h d) -> two ... h d", two=2, h=self.heads)
-        return q, k
 
 
 class Tower:
@@ -273,16 +252,7 @@ class Tower:
             UnknownName: the tower has no such block.
             TowerError: its attention is not CLIP's.
         """
-        block = self.block(layer).module
-        rows = 2 * self.shape.width  # in_proj holds queries, then keys, then values
-        return QueryKey(
-            ln_weight=block.ln_1.weight.detach(),
-            ln_bias=block.ln_1.bias.detach(),
-            weight=block.attn.in_proj_weight[:rows].detach(),
-            bias=block.attn.in_proj_bias[:rows].detach(),
-            heads=self.shape.heads,
-            eps=block.ln_1.eps,
-        )
+        return self.block(layer).query_key()
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64 [C, context length].

@@ -138,7 +138,7 @@ def _compare(query: Tuples, support: Tuples, query_rows: Tensor, support_rows: T
         scores = scores.masked_fill(~readable, -math.inf)
     found = scores.softmax(dim=-1) @ v  # [n, W, Q·P, H]
     own = rearrange(gather(query.values, query_rows), "n q p h -> n 1 (q p) h")
-    distance = rearrange((own - found).square().sum(dim=-1), "n w (q p) -> n q w p", q=sizes["q"])
+    distance = rearrange((own.float() - found.float()).square().sum(dim=-1), "n w (q p) -> n q w p", q=sizes["q"])
     if query.mask is None:
         return -distance.mean(dim=-1)
     counted = rearrange(gather(query.mask, query_rows), "n q p -> n q 1 p")

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, scaled_dot_pr
 
 from coldframe.data_manifests.errors import ConfigError
 from coldframe.extract.batches import FeatureBatch
+from coldframe.extract.blocks import QueryKey
 from coldframe.extract.specs import SpecMismatch, TowerShape
-from coldframe.extract.towers import QueryKey
 from coldframe.train_heads.heads.evl_decoder import HEAD, Config, OneQueryAttention
 from coldframe.train_heads.specs import HeadContext
 

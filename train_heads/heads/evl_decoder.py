@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ...data_manifests.errors import ConfigError
 from ...extract.batches import FeatureBatch
+from ...extract.blocks import QueryKey
 from ...extract.specs import canonical_feature
 from ...extract.text import TextFeatures
-from ...extract.towers import QueryKey
 from ..layers import QuickGELU, of_frames
 from ..layouts import back_to_theirs, renamed, stretched
 from ..limits import require_at_least, require_choice, require_rate
