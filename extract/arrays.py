@@ -181,7 +181,8 @@ class BatchMemory:
         return np.empty(n_bytes + 4096, np.uint8)
 
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
-        if sum(kept.nbytes for kept in self._free) + memory.nbytes <= self._keep_bytes:
+        kept = self._free.copy()  # at once: threads take from it while the last tensor dies in another
+        if sum(each.nbytes for each in kept) + memory.nbytes <= self._keep_bytes:
             self._free.append(memory)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
@@ -203,3 +205,25 @@ def test_metadata_says_what_the_format_says(written: Path) -> None:
     assert [c["name"] for c in codec["configuration"]["codecs"]] == ["bytes"]
     assert codec["configuration"]["chunk_shape"] == [1, 2, 3]
     assert codec["configuration"]["index_location"] == "end"
+
+
+def test_memory_comes_back_in_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers take memory while the last tensors of other batches die elsewhere; a finalizer's error is never raised."""
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        memory = BatchMemory()
+
+        def take(size: int) -> None:
+            for n in range(400):
+                held = [memory.empty((size + n % 7, 100), torch.float32) for _ in range(4)]
+                del held
+
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(take, size) for size in (10, 20, 40, 80)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(before)
+    assert not unraisable
