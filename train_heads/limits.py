@@ -11,7 +11,7 @@ from ..data_manifests.errors import ConfigError
 def require_at_least(least: float, config: Any, *names: str) -> None:
     """Refuse numbers below `least`; None, which stands for a number found later, passes."""
     for name in names:
-        if (value := getattr(config, name)) is not None and value < least:
+        if (value := getattr(config, name)) is not None and not value >= least:  # as NaN is not
             raise ConfigError(f"impossible {name}", seen=value, wanted=f"at least {least}")
 
 
