@@ -177,7 +177,7 @@ def _refuse_small_classes(
             "too few classes for the episodes",
             seen=f"{len(classes)} classes",
             wanted=f"{spec.n_way} (n_way)",
-            fix="Ask for fewer ways, or score a split with more classes.",
+            fix="Ask for fewer ways (--way; in training --set n_way=…), or use a split with more classes.",
         )
     needed = spec.n_shot + spec.n_query
     small = [

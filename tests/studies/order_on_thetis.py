@@ -39,11 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("store")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", default="", help="Rows whose name holds this.")
     args = parser.parse_args()
     store = FeatureStore.open(args.store)
     manifest = by_player(store.manifest)
     print("| head | top-1 | clips reversed |\n|---|---|---|")
     for name, (head, sets) in HEADS.items():
+        if args.only not in name:
+            continue
         scores = []
         for seed in range(args.seeds):
             asked = settings(head, None, [*sets, f"seed={seed}"])
