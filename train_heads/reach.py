@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data_manifests.errors import UnknownName
 from ..extract.batches import FeatureBatch
-from ..extract.specs import TowerShape
+from ..extract.specs import TowerShape, canonical_feature
 from ..extract.towers import Tower
 
 
@@ -44,8 +44,7 @@ class Reach:
         if not -shape.layers - 1 <= reach <= shape.layers:
             raise UnknownName("reach", str(reach), map(str, range(-shape.layers - 1, shape.layers + 1)))
         layer = reach % (shape.layers + 1)
-        kind = reached_feature(reach).partition(".")[0]
-        return cls(layer, shape.layers - layer, "pixels" if kind == "pixels" else f"{kind}.{layer}")
+        return cls(layer, shape.layers - layer, canonical_feature(reached_feature(reach), shape.layers))
 
     def tokens(self, batch: FeatureBatch, tower: Tower, offset: Tensor | None = None) -> Tensor:
         """tokens.<layer> of a batch, [B, T, 1+N, D]; of a reach of -1 the class token alone, [B, T, 1, D].

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from coldframe.data_manifests.drawn import (
+    BASE_EVENTS,
     BASE_SHAPES,
     COLOURS,
+    HELD_MOTIONS,
     MOTIONS,
+    NOVEL_EVENTS,
     NOVEL_SHAPES,
     PLACES,
     SHAPES,
@@ -181,3 +184,13 @@ def test_a_plan_too_small_for_its_splits_is_refused() -> None:
 def test_a_planned_clip_draws_itself() -> None:
     clip = plan_clips(4)[7]
     assert np.array_equal(clip.draw(8, 32), draw_clip(clip.motion, clip.shape, clip.colour, clip.seed, 8, 32))
+
+
+def test_what_is_kept_from_training_is_new_and_its_words_are_known() -> None:
+    assert not set(BASE_EVENTS) & set(NOVEL_EVENTS)
+    assert {clip.event for clip in plan_clips(60)} <= set(BASE_EVENTS) | set(NOVEL_EVENTS)
+    assert all((clip.event in NOVEL_EVENTS) == clip.is_novel for clip in plan_clips(60))
+    held, kept = set(HELD_MOTIONS), set(MOTIONS) - set(HELD_MOTIONS)
+    assert len(held) == len(kept) == 4
+    for motions in (held, kept):
+        assert {word for motion in motions for word in motion.split()} == {w for m in MOTIONS for w in m.split()}

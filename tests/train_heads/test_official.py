@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def test_a_tensor_too_many_or_too_few_is_named(run: Checkpoint, full_store: Feat
 
     assert "something.new" in str(refused(weights | {"something.new": torch.zeros(2)}).value)
     lost = next(name for name in weights if name.endswith("weight"))
-    refused({name: value for name, value in weights.items() if name != lost})
+    assert lost in str(refused({name: value for name, value in weights.items() if name != lost}).value)
 
 
 def test_another_clip_in_the_file_is_refused(run: Checkpoint, full_store: FeatureStore, tmp_path: Path) -> None:
@@ -124,41 +123,22 @@ def test_another_clip_in_the_file_is_refused(run: Checkpoint, full_store: Featur
 
 
 class Surprise:
-    """What a pickle may do when it is opened."""
+    """What a pickle may do when it is opened: make a file."""
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return Path.touch, (Path("/nowhere/opened"),)  # type: ignore[return-value]
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 def test_code_in_a_file_is_never_run(full_store: FeatureStore, tmp_path: Path) -> None:
-    torch.save({"model": {"a": Surprise()}}, tmp_path / "evil.pth")
+    torch.save({"model": {"a": Surprise(tmp_path / "opened")}}, tmp_path / "evil.pth")
     with pytest.raises(TowerError, match="could run code"):
         import_checkpoint(
             "evl_decoder", tmp_path / "evil.pth", full_store, ("a",), small("evl_decoder"), tmp_path / "r"
         )
-
-
-@pytest.mark.parametrize("run", ["evl_decoder"], indirect=True)
-def test_a_setting_that_the_tensors_contradict_is_refused(
-    full_store: FeatureStore, tmp_path: Path, run: Checkpoint
-) -> None:
-    export_checkpoint(run, tmp_path / "a.pth")
-    wrong = replace(run.config, n_layers=1)
-    with pytest.raises(ConfigError, match=r"tensors tell n_layers; found 1; expected 2"):
-        import_checkpoint(run.head, tmp_path / "a.pth", full_store, run.class_names, wrong, tmp_path / "r")
-    assert not (tmp_path / "r").exists()
-
-
-def test_weights_that_are_no_numbers_are_refused(run: Checkpoint, full_store: FeatureStore, tmp_path: Path) -> None:
-    for value in run.weights.values():
-        if value.is_floating_point():
-            value.fill_(torch.nan)
-    export_checkpoint(run, tmp_path / "nan.safetensors")
-    with pytest.raises(TowerError, match="not finite"):
-        import_checkpoint(
-            run.head, tmp_path / "nan.safetensors", full_store, run.class_names, run.config, tmp_path / "r"
-        )
-    assert not (tmp_path / "r").exists()
+    assert not (tmp_path / "opened").exists()
 
 
 def test_a_folder_in_use_and_a_head_without_publication(full_store: FeatureStore, tmp_path: Path) -> None:
