@@ -980,14 +980,17 @@ def wanted_features(features: str, heads: str) -> list[str]:
 
 def recipe_file(config: str | None, is_short: bool, sets: list[str]) -> tuple[Path | None, list[str]]:
     """The file that --config means, a recipe's where no such file is there, and the settings that go over it."""
-    from coldframe.train_heads.recipes import find, names
+    from coldframe.train_heads.recipes import find
 
     if config is None and is_short:
         raise ConfigError(
             "--short is the short form of a recipe", fix="Name the recipe: --config, of `coldframe recipes`."
         )
-    if config is None or (not is_short and (Path(config).exists() or config not in names())):
-        return (Path(config) if config else None), sets
+    if config is None:
+        return None, sets
+    is_file = Path(config).exists() or Path(config).name != config or config.endswith(".toml")
+    if is_file and not is_short:
+        return Path(config), sets
     recipe = find(config)
     return recipe.path, [*(recipe.short_sets if is_short else []), *sets]
 

@@ -53,12 +53,14 @@ def captions_as_classes(
     Raises:
         ManifestError: no video of these splits has a caption, or none can be spared for validation.
     """
-    part = replace(manifest, records=tuple(r for r in manifest.records if r.split in splits and r.captions))
-    if val_fraction and not any(r.split == "val" for r in part.records):
-        alike = replace(part, class_names=("",), records=tuple(replace(r, label=0) for r in part.records))
-        carved = carve_validation(alike, val_fraction, seed)
-        part = replace(part, records=carved.records)
-    return part.by_caption()
+    found = replace(manifest, records=tuple(r for r in manifest.records if r.split in splits)).by_caption()
+    if not val_fraction or any(r.split == "val" for r in found.records):
+        return found
+    # As one class: captions of one video lie in one file, so they move together.
+    alike = replace(found, class_names=("",), records=tuple(replace(r, label=0) for r in found.records))
+    carved = carve_validation(alike, val_fraction, seed).records
+    records = tuple(replace(r, split=c.split) for r, c in zip(found.records, carved, strict=True))
+    return replace(found, records=records)
 
 
 def draw_splits(manifest: Manifest, test_fraction: float, val_fraction: float, seed: int = 0) -> Manifest:

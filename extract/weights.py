@@ -53,6 +53,8 @@ def read_weights(path: Path) -> Weights:
             f"{path} is a pickle of more than weights, which could run code when opened; it was not",
             fix="Save model.state_dict() alone, best as safetensors.",
         ) from error
+    except OSError as error:
+        raise TowerError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
     except Exception as error:  # damage in a pickle can fail at any line of the unpickler: struct.error, KeyError, …
         raise TowerError(f"{path} cannot be read as weights: {first_line(error)}") from error
     found = found if isinstance(found, Mapping) else {}

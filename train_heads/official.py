@@ -83,7 +83,7 @@ def import_checkpoint(
         features=store.spec,
         needs=needed_features(system, config, store),
         manifest_fingerprint=manifest_fingerprint,
-        selection="published",
+        selection="unknown data",
         n_train=0,
         n_val=0,
         n_missing=0,
